@@ -1,0 +1,9 @@
+//! Fine-tuning of frozen Hugging Face models with the adapters of [`smore`].
+
+pub mod config;
+pub mod data;
+pub mod demo;
+pub mod error;
+pub mod report;
+pub mod template;
+pub mod tokenizer;
