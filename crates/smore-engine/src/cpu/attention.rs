@@ -1,0 +1,304 @@
+//! Causal attention with grouped queries: online softmax forward, recomputing backward (Dao 2023).
+//!
+//! Scores exist for one block of queries and keys at a time, so memory grows with the length of a
+//! sequence, not with its square. What is saved is the output and one log-sum-exp per row.
+
+use super::gemm::{Strided, StridedMut, gemm};
+use super::simd::{dot, simd};
+use crate::{AttentionShape, Float, Span};
+use rayon::prelude::*;
+
+/// Queries and keys of one block of scores.
+const BLOCK: usize = 64;
+
+/// What the forward pass leaves for the backward pass.
+pub(super) struct Saved<'a, T> {
+    pub(super) q: &'a [T],
+    pub(super) k: &'a [T],
+    pub(super) v: &'a [T],
+    pub(super) out: &'a [T],
+    pub(super) lse: &'a [T],
+}
+
+/// One block of queries of one sequence.
+struct QueryBlock<'a, T> {
+    span: Span,
+    /// First query, counted in its span.
+    first: usize,
+    out: &'a mut [T],
+    lse: &'a mut [T],
+}
+
+pub(super) fn forward<T: Float>(
+    shape: &AttentionShape,
+    q: &[T],
+    k: &[T],
+    v: &[T],
+    mut out: &mut [T],
+    mut lse: &mut [T],
+) {
+    let (heads, width) = (shape.heads, shape.heads * shape.head_dim);
+    let mut blocks = Vec::new();
+    let mut row = 0;
+    for &span in &shape.spans {
+        assert!(span.q_start == row && span.k_len >= span.q_len, "attention spans");
+        for first in (0..span.q_len).step_by(BLOCK) {
+            let rows = BLOCK.min(span.q_len - first);
+            let (o, rest_o) = out.split_at_mut(rows * width);
+            let (l, rest_l) = lse.split_at_mut(rows * heads);
+            blocks.push(QueryBlock { span, first, out: o, lse: l });
+            (out, lse) = (rest_o, rest_l);
+            row += rows;
+        }
+    }
+    blocks.into_par_iter().for_each(|mut block| {
+        let mut scores = vec![T::ZERO; BLOCK * BLOCK];
+        for head in 0..heads {
+            forward_head(shape, q, k, v, &mut block, head, &mut scores);
+        }
+    });
+}
+
+fn forward_head<T: Float>(
+    shape: &AttentionShape,
+    q: &[T],
+    k: &[T],
+    v: &[T],
+    block: &mut QueryBlock<T>,
+    head: usize,
+    scores: &mut [T],
+) {
+    let AttentionShape { heads, head_dim, .. } = *shape;
+    let (width, kv_width) = (heads * head_dim, shape.kv_heads * head_dim);
+    let kv_column = head / (heads / shape.kv_heads) * head_dim;
+    let (span, first) = (block.span, block.first);
+    let rows = block.lse.len() / heads;
+    let q = &q[(span.q_start + first) * width + head * head_dim..];
+    let hidden = span.k_len - span.q_len;
+    let mut max = [T::from_f64(f64::NEG_INFINITY); BLOCK];
+    let mut sum = [T::ZERO; BLOCK];
+    let last_key = hidden + first + rows;
+    for k_first in (0..last_key).step_by(BLOCK) {
+        let keys = BLOCK.min(last_key - k_first);
+        let kv_at = (span.k_start + k_first) * kv_width + kv_column;
+        let s = &mut scores[..rows * keys];
+        gemm(
+            false,
+            T::from_f64(shape.scale),
+            Strided::rows_apart(q, rows, head_dim, width),
+            Strided::rows_apart(&k[kv_at..], keys, head_dim, kv_width).t(),
+            T::ZERO,
+            StridedMut::new(s, rows, keys),
+        );
+        for r in 0..rows {
+            let seen = (hidden + first + r + 1).saturating_sub(k_first).min(keys);
+            let row = &mut s[r * keys..(r + 1) * keys];
+            let out = &mut block.out[r * width + head * head_dim..][..head_dim];
+            simd(|| {
+                let top = row[..seen].iter().fold(max[r], |m, &x| m.max_of(x));
+                let fade = (max[r] - top).exp();
+                let mut total = T::ZERO;
+                for x in &mut row[..seen] {
+                    *x = (*x - top).exp();
+                    total += *x;
+                }
+                row[seen..].fill(T::ZERO);
+                // The first block finds whatever the buffer held: it must not survive.
+                for o in out {
+                    *o = if k_first == 0 { T::ZERO } else { *o * fade };
+                }
+                (max[r], sum[r]) = (top, sum[r] * fade + total);
+            });
+        }
+        gemm(
+            false,
+            T::ONE,
+            Strided::new(s, rows, keys),
+            Strided::rows_apart(&v[kv_at..], keys, head_dim, kv_width),
+            T::ONE,
+            StridedMut::rows_apart(&mut block.out[head * head_dim..], rows, head_dim, width),
+        );
+    }
+    for r in 0..rows {
+        for o in &mut block.out[r * width + head * head_dim..][..head_dim] {
+            *o = *o / sum[r];
+        }
+        block.lse[r * heads + head] = max[r] + sum[r].ln();
+    }
+}
+
+/// Gradients of one sequence and one key head, contiguous; added to the outputs afterwards.
+struct HeadGrads<T> {
+    span: Span,
+    kv_head: usize,
+    /// `[q_len, group * head_dim]`
+    dq: Vec<T>,
+    /// `[k_len, head_dim]`
+    dk: Vec<T>,
+    /// `[k_len, head_dim]`
+    dv: Vec<T>,
+}
+
+pub(super) fn backward<T: Float>(
+    shape: &AttentionShape,
+    saved: &Saved<T>,
+    dout: &[T],
+    dq: &mut [T],
+    dk: &mut [T],
+    dv: &mut [T],
+) {
+    let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
+    let group = heads / kv_heads;
+    let tasks: Vec<(Span, usize)> =
+        shape.spans.iter().flat_map(|&s| (0..kv_heads).map(move |h| (s, h))).collect();
+    let parts: Vec<HeadGrads<T>> = tasks
+        .into_par_iter()
+        .map(|(span, kv_head)| backward_kv_head(shape, saved, dout, span, kv_head))
+        .collect();
+    for part in parts {
+        let columns = part.kv_head * group * head_dim;
+        add_block(dq, heads * head_dim, part.span.q_start, columns, &part.dq, group * head_dim);
+        let (row, column) = (part.span.k_start, part.kv_head * head_dim);
+        add_block(dk, kv_heads * head_dim, row, column, &part.dk, head_dim);
+        add_block(dv, kv_heads * head_dim, row, column, &part.dv, head_dim);
+    }
+}
+
+fn add_block<T: Float>(
+    target: &mut [T],
+    stride: usize,
+    first_row: usize,
+    column: usize,
+    block: &[T],
+    width: usize,
+) {
+    for (r, block) in block.chunks_exact(width).enumerate() {
+        let row = &mut target[(first_row + r) * stride + column..][..width];
+        for (t, &b) in row.iter_mut().zip(block) {
+            *t += b;
+        }
+    }
+}
+
+fn backward_kv_head<T: Float>(
+    shape: &AttentionShape,
+    saved: &Saved<T>,
+    dout: &[T],
+    span: Span,
+    kv_head: usize,
+) -> HeadGrads<T> {
+    let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
+    let group = heads / kv_heads;
+    let mut grads = HeadGrads {
+        span,
+        kv_head,
+        dq: vec![T::ZERO; span.q_len * group * head_dim],
+        dk: vec![T::ZERO; span.k_len * head_dim],
+        dv: vec![T::ZERO; span.k_len * head_dim],
+    };
+    let mut p = vec![T::ZERO; BLOCK * BLOCK];
+    let mut dp = vec![T::ZERO; BLOCK * BLOCK];
+    for member in 0..group {
+        let head = kv_head * group + member;
+        for first in (0..span.q_len).step_by(BLOCK) {
+            let rows = BLOCK.min(span.q_len - first);
+            let mut delta = [T::ZERO; BLOCK];
+            for (r, delta) in delta.iter_mut().enumerate().take(rows) {
+                let at = ((span.q_start + first + r) * heads + head) * head_dim;
+                *delta = dot(&dout[at..at + head_dim], &saved.out[at..at + head_dim]);
+            }
+            let last_key = span.k_len - span.q_len + first + rows;
+            for k_first in (0..last_key).step_by(BLOCK) {
+                let keys = BLOCK.min(last_key - k_first);
+                let tile = Tile { shape, span, head, kv_head, first, rows, k_first, keys };
+                let (p, dp) = (&mut p[..rows * keys], &mut dp[..rows * keys]);
+                tile.scores(saved, dout, &delta, p, dp);
+                tile.accumulate(saved, dout, p, dp, member, &mut grads);
+            }
+        }
+    }
+    grads
+}
+
+/// One block of queries against one block of keys.
+struct Tile<'a> {
+    shape: &'a AttentionShape,
+    span: Span,
+    head: usize,
+    kv_head: usize,
+    first: usize,
+    rows: usize,
+    k_first: usize,
+    keys: usize,
+}
+
+impl Tile<'_> {
+    /// This tile's rows of a query-shaped matrix.
+    fn queries<'a, T: Float>(&self, x: &'a [T]) -> Strided<'a, T> {
+        let width = self.shape.heads * self.shape.head_dim;
+        let at = (self.span.q_start + self.first) * width + self.head * self.shape.head_dim;
+        Strided::rows_apart(&x[at..], self.rows, self.shape.head_dim, width)
+    }
+
+    /// This tile's rows of a key-shaped matrix.
+    fn keys<'a, T: Float>(&self, x: &'a [T]) -> Strided<'a, T> {
+        let width = self.shape.kv_heads * self.shape.head_dim;
+        let at = (self.span.k_start + self.k_first) * width + self.kv_head * self.shape.head_dim;
+        Strided::rows_apart(&x[at..], self.keys, self.shape.head_dim, width)
+    }
+
+    /// p = exp(scores - lse); dscores = p (dout v^T - delta), left in `dp`.
+    fn scores<T: Float>(
+        &self,
+        saved: &Saved<T>,
+        dout: &[T],
+        delta: &[T],
+        p: &mut [T],
+        dp: &mut [T],
+    ) {
+        let (rows, keys) = (self.rows, self.keys);
+        let scale = T::from_f64(self.shape.scale);
+        let (q, k) = (self.queries(saved.q), self.keys(saved.k));
+        gemm(false, scale, q, k.t(), T::ZERO, StridedMut::new(p, rows, keys));
+        let (g, v) = (self.queries(dout), self.keys(saved.v));
+        gemm(false, T::ONE, g, v.t(), T::ZERO, StridedMut::new(dp, rows, keys));
+        let hidden = self.span.k_len - self.span.q_len;
+        for r in 0..rows {
+            let seen = (hidden + self.first + r + 1).saturating_sub(self.k_first).min(keys);
+            let lse =
+                saved.lse[(self.span.q_start + self.first + r) * self.shape.heads + self.head];
+            let (p, dp) = (&mut p[r * keys..(r + 1) * keys], &mut dp[r * keys..(r + 1) * keys]);
+            simd(|| {
+                for (p, dp) in p[..seen].iter_mut().zip(&mut dp[..seen]) {
+                    *p = (*p - lse).exp();
+                    *dp = *p * (*dp - delta[r]);
+                }
+            });
+            p[seen..].fill(T::ZERO);
+            dp[seen..].fill(T::ZERO);
+        }
+    }
+
+    /// dv += p^T dout, dk += scale dscores^T q, dq += scale dscores k.
+    fn accumulate<T: Float>(
+        &self,
+        saved: &Saved<T>,
+        dout: &[T],
+        p: &[T],
+        ds: &[T],
+        member: usize,
+        grads: &mut HeadGrads<T>,
+    ) {
+        let (rows, keys, dim) = (self.rows, self.keys, self.shape.head_dim);
+        let scale = T::from_f64(self.shape.scale);
+        let (p, ds) = (Strided::new(p, rows, keys), Strided::new(ds, rows, keys));
+        let dv = StridedMut::new(&mut grads.dv[self.k_first * dim..], keys, dim);
+        gemm(false, T::ONE, p.t(), self.queries(dout), T::ONE, dv);
+        let dk = StridedMut::new(&mut grads.dk[self.k_first * dim..], keys, dim);
+        gemm(false, scale, ds.t(), self.queries(saved.q), T::ONE, dk);
+        let stride = self.shape.heads / self.shape.kv_heads * dim;
+        let dq = &mut grads.dq[self.first * stride + member * dim..];
+        let dq = StridedMut::rows_apart(dq, rows, dim, stride);
+        gemm(false, scale, ds, self.keys(saved.k), T::ONE, dq);
+    }
+}

@@ -1,0 +1,202 @@
+//! Matrix products: the `gemm` crate behind checked, strided views of slices.
+
+use super::Cpu;
+use crate::{Float, Mat};
+
+/// A matrix operand inside a slice.
+#[derive(Clone, Copy)]
+pub struct Strided<'a, T> {
+    /// Element (0, 0) is `data[0]`.
+    pub data: &'a [T],
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Elements from one row to the next.
+    pub row_stride: usize,
+    /// Elements from one column to the next.
+    pub col_stride: usize,
+}
+
+impl<'a, T> Strided<'a, T> {
+    /// `rows` x `cols`, rows one after the other.
+    pub fn new(data: &'a [T], rows: usize, cols: usize) -> Self {
+        Self { data, rows, cols, row_stride: cols, col_stride: 1 }
+    }
+
+    /// `rows` x `cols`, rows `row_stride` apart.
+    pub fn rows_apart(data: &'a [T], rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self { data, rows, cols, row_stride, col_stride: 1 }
+    }
+
+    /// The transpose, without moving anything.
+    #[must_use]
+    pub fn t(self) -> Self {
+        Self {
+            data: self.data,
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.col_stride,
+            col_stride: self.row_stride,
+        }
+    }
+
+    fn check(&self) {
+        let last = self.rows.saturating_sub(1) * self.row_stride
+            + self.cols.saturating_sub(1) * self.col_stride;
+        assert!(
+            self.rows == 0 || self.cols == 0 || last < self.data.len(),
+            "matrix {}x{} reaches past its {} elements",
+            self.rows,
+            self.cols,
+            self.data.len()
+        );
+    }
+}
+
+/// A matrix inside a slice that receives a product.
+pub struct StridedMut<'a, T> {
+    /// Element (0, 0) is `data[0]`.
+    pub data: &'a mut [T],
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// Elements from one row to the next.
+    pub row_stride: usize,
+}
+
+impl<'a, T> StridedMut<'a, T> {
+    /// `rows` x `cols`, rows one after the other.
+    pub fn new(data: &'a mut [T], rows: usize, cols: usize) -> Self {
+        Self { data, rows, cols, row_stride: cols }
+    }
+
+    /// `rows` x `cols`, rows `row_stride` apart.
+    pub fn rows_apart(data: &'a mut [T], rows: usize, cols: usize, row_stride: usize) -> Self {
+        Self { data, rows, cols, row_stride }
+    }
+}
+
+pub(super) fn operand<'a, T: Float>(m: &Mat<'a, Cpu<T>>) -> Strided<'a, T> {
+    Strided {
+        data: Cpu::slice(m.view),
+        rows: m.rows,
+        cols: m.cols,
+        row_stride: m.row_stride,
+        col_stride: m.col_stride,
+    }
+}
+
+/// Below this many multiplications one thread is faster than waking others.
+const PARALLEL_FROM: usize = 1 << 18;
+
+/// C = alpha A B + beta C; with beta = 0, C is not read. `parallel` allows several threads.
+///
+/// # Panics
+/// If the shapes do not fit each other or their slices.
+pub fn gemm<T: Float>(
+    parallel: bool,
+    alpha: T,
+    a: Strided<T>,
+    b: Strided<T>,
+    beta: T,
+    c: StridedMut<T>,
+) {
+    assert_eq!((a.rows, a.cols, b.cols), (c.rows, b.rows, c.cols), "gemm shapes");
+    let (m, n, k) = (c.rows, c.cols, a.cols);
+    if m == 0 || n == 0 {
+        return;
+    }
+    a.check();
+    b.check();
+    Strided::rows_apart(c.data, m, n, c.row_stride).check();
+    let threads = if parallel && m * n * k >= PARALLEL_FROM {
+        gemm::Parallelism::Rayon(0)
+    } else {
+        gemm::Parallelism::None
+    };
+    // SAFETY: the three checks above keep every element that the strides reach inside its slice,
+    // and the borrow checker keeps C apart from A and B. `T` is f32 or f64, the only two `Float`s.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            c.data.as_mut_ptr(),
+            1,
+            c.row_stride as isize,
+            beta != T::ZERO,
+            a.data.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.data.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            beta,
+            alpha,
+            false,
+            false,
+            false,
+            threads,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(n: usize, seed: u32) -> Vec<f64> {
+        (0..n as u32).map(|i| f64::from((i * 37 + seed * 101) % 97) / 97.0 - 0.4).collect()
+    }
+
+    #[test]
+    fn agrees_with_the_definition_on_strided_and_transposed_operands() {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (64, 33, 70), (130, 128, 9)] {
+            let (lda, ldb, ldc) = (m + 2, n + 3, n + 1);
+            let (a, b) = (numbers(k * lda, 1), numbers(k * ldb, 2));
+            let mut c = numbers(m * ldc, 3);
+            let before = c.clone();
+            gemm(
+                true,
+                0.5,
+                Strided::rows_apart(&a, k, m, lda).t(),
+                Strided::rows_apart(&b, k, n, ldb),
+                2.0,
+                StridedMut::rows_apart(&mut c, m, n, ldc),
+            );
+            for i in 0..m {
+                for j in 0..n {
+                    let sum: f64 = (0..k).map(|l| a[l * lda + i] * b[l * ldb + j]).sum();
+                    let want = 0.5 * sum + 2.0 * before[i * ldc + j];
+                    assert!((c[i * ldc + j] - want).abs() < 1e-12);
+                }
+                assert_eq!(c[i * ldc + n..(i + 1) * ldc], before[i * ldc + n..(i + 1) * ldc]);
+            }
+        }
+    }
+
+    #[test]
+    fn gives_the_same_bits_for_any_number_of_threads() {
+        let a: Vec<f32> = numbers(300 * 500, 4).iter().map(|&x| x as f32).collect();
+        let b: Vec<f32> = numbers(500 * 200, 5).iter().map(|&x| x as f32).collect();
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut c = vec![0f32; 300 * 200];
+            pool.install(|| {
+                gemm(
+                    true,
+                    1.0,
+                    Strided::new(&a, 300, 500),
+                    Strided::new(&b, 500, 200),
+                    0.0,
+                    StridedMut::new(&mut c, 300, 200),
+                );
+            });
+            c
+        };
+        let one = run(1);
+        assert!(one == run(2) && one == run(3) && one == run(5));
+    }
+}

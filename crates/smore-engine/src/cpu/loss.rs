@@ -1,0 +1,87 @@
+//! The output head and its cross-entropy in one operation, so that logits exist for a few rows at
+//! a time and never for a whole batch.
+
+use super::Cpu;
+use super::gemm::{Strided, StridedMut, gemm};
+use super::linear;
+use super::simd::simd;
+use crate::{Float, MatrixRef};
+use rayon::prelude::*;
+
+/// Logits held at once: 16 MiB in f32.
+const LOGITS: usize = 1 << 22;
+
+pub(super) fn cross_entropy<T: Float>(
+    h: &[T],
+    targets: &[(u32, u32)],
+    head: &MatrixRef<Cpu<T>>,
+    scale: f64,
+    mut dh: Option<&mut [T]>,
+    mut dhead: Option<&mut [T]>,
+) -> Vec<f64> {
+    let (vocabulary, d) = linear::shape(head);
+    let rows = (LOGITS / vocabulary).clamp(16, 1024);
+    let mut losses = Vec::with_capacity(targets.len());
+    for chunk in targets.chunks(rows) {
+        let n = chunk.len();
+        let mut x = vec![T::ZERO; n * d];
+        for (&(row, _), x) in chunk.iter().zip(x.chunks_exact_mut(d)) {
+            x.copy_from_slice(&h[row as usize * d..][..d]);
+        }
+        let mut logits = vec![T::ZERO; n * vocabulary];
+        linear::forward(&x, head, &mut logits, n, false);
+        let wanted = dh.is_some() || dhead.is_some();
+        losses.par_extend(
+            logits
+                .par_chunks_exact_mut(vocabulary)
+                .zip(chunk)
+                .map(|(row, &(_, target))| softmax_nll(row, target as usize, wanted, scale)),
+        );
+        if let Some(dh) = dh.as_deref_mut() {
+            let mut dx = vec![T::ZERO; n * d];
+            linear::backward(&logits, head, &mut dx, n);
+            for (&(row, _), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
+                let dh = &mut dh[row as usize * d..][..d];
+                for (dh, &dx) in dh.iter_mut().zip(dx) {
+                    *dh += dx;
+                }
+            }
+        }
+        if let Some(dhead) = dhead.as_deref_mut() {
+            let dlogits = Strided::new(&logits, n, vocabulary).t();
+            let out = StridedMut::new(dhead, vocabulary, d);
+            gemm(true, T::ONE, dlogits, Strided::new(&x, n, d), T::ONE, out);
+        }
+    }
+    losses
+}
+
+/// -ln softmax(row)[target]; where `gradient`, the row becomes scale (softmax - onehot(target)).
+fn softmax_nll<T: Float>(row: &mut [T], target: usize, gradient: bool, scale: f64) -> f64 {
+    let at_target = row[target];
+    let (max, sum) = simd(|| {
+        let max = row.iter().fold(row[0], |m, &x| m.max_of(x));
+        let mut sum = 0.0;
+        // Sums of a few hundred terms in T, those in f64: close to a sum in f64, at vector speed.
+        for part in row.chunks_mut(256) {
+            let mut partial = T::ZERO;
+            for x in part {
+                let e = (*x - max).exp();
+                partial += e;
+                *x = e;
+            }
+            sum += partial.to_f64();
+        }
+        (max, sum)
+    });
+    if gradient {
+        let factor = T::from_f64(scale / sum);
+        simd(|| {
+            for x in row.iter_mut() {
+                *x *= factor;
+            }
+        });
+        row[target] -= T::from_f64(scale);
+    }
+    sum.ln() - (at_target - max).to_f64()
+}

@@ -1,0 +1,289 @@
+//! The CPU as a [`Device`]: buffers are vectors, work is split over rayon's threads.
+//!
+//! Results do not depend on the number of threads: work is cut into pieces whose size depends on
+//! the shapes alone, and every sum has a fixed order.
+
+mod attention;
+mod elementwise;
+mod embedding;
+mod gemm;
+mod linear;
+mod loss;
+mod norm;
+mod optimizer;
+mod rotary;
+mod simd;
+
+pub use gemm::{Strided, StridedMut, gemm};
+pub use simd::{dot, simd};
+
+use crate::{
+    AdamW, AttentionShape, Device, Float, HostMatrix, Mat, MatMut, MatrixRef, View, ViewMut,
+};
+use std::marker::PhantomData;
+
+/// The CPU, computing in `T`.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu<T>(PhantomData<T>);
+
+impl<T> Cpu<T> {
+    /// The machine's CPU.
+    pub fn new() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<T: Float> Cpu<T> {
+    /// The elements of a view.
+    pub fn slice(view: View<'_, Self>) -> &[T] {
+        &view.buf[view.start..view.start + view.len]
+    }
+
+    /// The elements of a view.
+    pub fn slice_mut(view: ViewMut<'_, Self>) -> &mut [T] {
+        &mut view.buf[view.start..view.start + view.len]
+    }
+}
+
+/// Frozen weights stay in their storage type; products widen them piece by piece.
+impl<T: Float> Device for Cpu<T> {
+    type Elem = T;
+    type Buf = Vec<T>;
+    type Weight = HostMatrix;
+
+    fn zeros(&self, len: usize) -> Vec<T> {
+        vec![T::ZERO; len]
+    }
+
+    fn upload(&self, host: &[T]) -> Vec<T> {
+        host.to_vec()
+    }
+
+    fn download(&self, view: View<Self>) -> Vec<T> {
+        Self::slice(view).to_vec()
+    }
+
+    fn write(&self, view: ViewMut<Self>, host: &[T]) {
+        Self::slice_mut(view).copy_from_slice(host);
+    }
+
+    fn clear(&self, view: ViewMut<Self>) {
+        Self::slice_mut(view).fill(T::ZERO);
+    }
+
+    fn len(&self, buf: &Vec<T>) -> usize {
+        buf.len()
+    }
+
+    fn weight(&self, host: HostMatrix) -> HostMatrix {
+        host
+    }
+
+    fn weight_shape(&self, weight: &HostMatrix) -> (usize, usize) {
+        (weight.rows, weight.cols)
+    }
+
+    fn gemm(&self, alpha: f64, a: Mat<Self>, b: Mat<Self>, beta: f64, c: MatMut<Self>) {
+        let (a, b) = (gemm::operand(&a), gemm::operand(&b));
+        let (rows, cols, row_stride) = (c.rows, c.cols, c.row_stride);
+        let data = Self::slice_mut(c.view);
+        let c = StridedMut { data, rows, cols, row_stride };
+        gemm(true, T::from_f64(alpha), a, b, T::from_f64(beta), c);
+    }
+
+    fn linear(
+        &self,
+        x: View<Self>,
+        w: MatrixRef<Self>,
+        y: ViewMut<Self>,
+        n: usize,
+        accumulate: bool,
+    ) {
+        linear::forward(Self::slice(x), &w, Self::slice_mut(y), n, accumulate);
+    }
+
+    fn linear_backward(&self, dy: View<Self>, w: MatrixRef<Self>, dx: ViewMut<Self>, n: usize) {
+        linear::backward(Self::slice(dy), &w, Self::slice_mut(dx), n);
+    }
+
+    fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>) {
+        embedding::forward(ids, &table, Self::slice_mut(y));
+    }
+
+    fn embedding_backward(&self, ids: &[u32], dy: View<Self>, dtable: ViewMut<Self>) {
+        embedding::backward(ids, Self::slice(dy), Self::slice_mut(dtable));
+    }
+
+    fn rms_norm(
+        &self,
+        x: View<Self>,
+        gain: View<Self>,
+        eps: f64,
+        y: ViewMut<Self>,
+        inv_rms: ViewMut<Self>,
+    ) {
+        norm::forward(
+            Self::slice(x),
+            Self::slice(gain),
+            eps,
+            Self::slice_mut(y),
+            Self::slice_mut(inv_rms),
+        );
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: View<Self>,
+        gain: View<Self>,
+        inv_rms: View<Self>,
+        dy: View<Self>,
+        dx: ViewMut<Self>,
+        dgain: Option<ViewMut<Self>>,
+    ) {
+        norm::backward(
+            Self::slice(x),
+            Self::slice(gain),
+            Self::slice(inv_rms),
+            Self::slice(dy),
+            Self::slice_mut(dx),
+            dgain.map(Self::slice_mut),
+        );
+    }
+
+    fn rotary(
+        &self,
+        x: ViewMut<Self>,
+        table: View<Self>,
+        positions: &[u32],
+        head_dim: usize,
+        inverse: bool,
+    ) {
+        rotary::rotate(Self::slice_mut(x), Self::slice(table), positions, head_dim, inverse);
+    }
+
+    fn attention(
+        &self,
+        shape: &AttentionShape,
+        q: View<Self>,
+        k: View<Self>,
+        v: View<Self>,
+        out: ViewMut<Self>,
+        lse: ViewMut<Self>,
+    ) {
+        attention::forward(
+            shape,
+            Self::slice(q),
+            Self::slice(k),
+            Self::slice(v),
+            Self::slice_mut(out),
+            Self::slice_mut(lse),
+        );
+    }
+
+    fn attention_backward(
+        &self,
+        shape: &AttentionShape,
+        q: View<Self>,
+        k: View<Self>,
+        v: View<Self>,
+        out: View<Self>,
+        lse: View<Self>,
+        dout: View<Self>,
+        dq: ViewMut<Self>,
+        dk: ViewMut<Self>,
+        dv: ViewMut<Self>,
+    ) {
+        let saved = attention::Saved {
+            q: Self::slice(q),
+            k: Self::slice(k),
+            v: Self::slice(v),
+            out: Self::slice(out),
+            lse: Self::slice(lse),
+        };
+        attention::backward(
+            shape,
+            &saved,
+            Self::slice(dout),
+            Self::slice_mut(dq),
+            Self::slice_mut(dk),
+            Self::slice_mut(dv),
+        );
+    }
+
+    fn swiglu(&self, gate: View<Self>, up: View<Self>, y: ViewMut<Self>) {
+        elementwise::swiglu(Self::slice(gate), Self::slice(up), Self::slice_mut(y));
+    }
+
+    fn swiglu_backward(
+        &self,
+        gate: View<Self>,
+        up: View<Self>,
+        dy: View<Self>,
+        dgate: ViewMut<Self>,
+        dup: ViewMut<Self>,
+    ) {
+        elementwise::swiglu_backward(
+            Self::slice(gate),
+            Self::slice(up),
+            Self::slice(dy),
+            Self::slice_mut(dgate),
+            Self::slice_mut(dup),
+        );
+    }
+
+    fn cross_entropy(
+        &self,
+        h: View<Self>,
+        targets: &[(u32, u32)],
+        head: MatrixRef<Self>,
+        scale: f64,
+        dh: Option<ViewMut<Self>>,
+        dhead: Option<ViewMut<Self>>,
+    ) -> Vec<f64> {
+        loss::cross_entropy(
+            Self::slice(h),
+            targets,
+            &head,
+            scale,
+            dh.map(Self::slice_mut),
+            dhead.map(Self::slice_mut),
+        )
+    }
+
+    fn add(&self, x: View<Self>, y: ViewMut<Self>) {
+        elementwise::add(Self::slice(x), Self::slice_mut(y));
+    }
+
+    fn add_row(&self, row: View<Self>, y: ViewMut<Self>) {
+        elementwise::add_row(Self::slice(row), Self::slice_mut(y));
+    }
+
+    fn sum_rows(&self, y: View<Self>, sum: ViewMut<Self>) {
+        elementwise::sum_rows(Self::slice(y), Self::slice_mut(sum));
+    }
+
+    fn sum_squares(&self, x: View<Self>) -> f64 {
+        elementwise::sum_squares(Self::slice(x))
+    }
+
+    fn scale(&self, factor: f64, x: ViewMut<Self>) {
+        elementwise::scale(T::from_f64(factor), Self::slice_mut(x));
+    }
+
+    fn adamw(
+        &self,
+        step: &AdamW,
+        values: ViewMut<Self>,
+        grads: View<Self>,
+        m: ViewMut<Self>,
+        v: ViewMut<Self>,
+    ) {
+        optimizer::adamw(
+            step,
+            Self::slice_mut(values),
+            Self::slice(grads),
+            Self::slice_mut(m),
+            Self::slice_mut(v),
+        );
+    }
+}

@@ -1,0 +1,69 @@
+//! RMS norm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * gain.
+
+use super::simd::{dot, simd};
+use crate::Float;
+use rayon::prelude::*;
+
+const ROWS: usize = 16;
+
+pub(super) fn forward<T: Float>(x: &[T], gain: &[T], eps: f64, y: &mut [T], inv_rms: &mut [T]) {
+    let d = gain.len();
+    assert_eq!((x.len(), y.len()), (inv_rms.len() * d, inv_rms.len() * d), "norm shapes");
+    let (eps, width) = (T::from_f64(eps), T::from_f64(d as f64));
+    (y.par_chunks_mut(ROWS * d), inv_rms.par_chunks_mut(ROWS), x.par_chunks(ROWS * d))
+        .into_par_iter()
+        .for_each(|(y, inv_rms, x)| {
+            simd(|| {
+                let rows = x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(inv_rms);
+                for ((x, y), inv) in rows {
+                    *inv = T::ONE / (dot(x, x) / width + eps).sqrt();
+                    for ((y, &x), &g) in y.iter_mut().zip(x).zip(gain) {
+                        *y = x * *inv * g;
+                    }
+                }
+            });
+        });
+}
+
+/// With n = x * inv: dx += inv * (g dy - n * mean(g dy n)), dgain += sum over rows of dy n.
+pub(super) fn backward<T: Float>(
+    x: &[T],
+    gain: &[T],
+    inv_rms: &[T],
+    dy: &[T],
+    dx: &mut [T],
+    dgain: Option<&mut [T]>,
+) {
+    let d = gain.len();
+    assert_eq!((x.len(), dy.len(), dx.len()), (inv_rms.len() * d, x.len(), x.len()), "norm");
+    let width = T::from_f64(d as f64);
+    (
+        dx.par_chunks_mut(ROWS * d),
+        dy.par_chunks(ROWS * d),
+        x.par_chunks(ROWS * d),
+        inv_rms.par_chunks(ROWS),
+    )
+        .into_par_iter()
+        .for_each(|(dx, dy, x, inv_rms)| {
+            simd(|| {
+                let rows = dx.chunks_exact_mut(d).zip(dy.chunks_exact(d));
+                for ((dx, dy), (x, &inv)) in rows.zip(x.chunks_exact(d).zip(inv_rms)) {
+                    let mut sum = T::ZERO;
+                    for ((&dy, &g), &x) in dy.iter().zip(gain).zip(x) {
+                        sum += dy * g * x;
+                    }
+                    let mean = sum * inv * inv / width;
+                    for (((dx, &dy), &g), &x) in dx.iter_mut().zip(dy).zip(gain).zip(x) {
+                        *dx += inv * (g * dy - x * mean);
+                    }
+                }
+            });
+        });
+    if let Some(dgain) = dgain {
+        for ((x, dy), &inv) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(inv_rms) {
+            for ((dg, &x), &dy) in dgain.iter_mut().zip(x).zip(dy) {
+                *dg += dy * x * inv;
+            }
+        }
+    }
+}

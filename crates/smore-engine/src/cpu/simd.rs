@@ -1,0 +1,31 @@
+//! Element-wise loops compiled once per vector unit and chosen at run time, so that a portable
+//! build uses the machine it finds.
+
+use crate::Float;
+
+/// Runs `f` compiled for the widest vector unit of this machine. Everything called inside must be
+/// `#[inline(always)]` to profit.
+#[inline]
+pub fn simd<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
+
+/// Lanes of a reduction: enough for four AVX2 registers, and a fixed summation order everywhere.
+const LANES: usize = 32;
+
+/// Sum of a_i b_i. Call it inside [`simd`].
+#[inline(always)]
+pub fn dot<T: Float>(a: &[T], b: &[T]) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
+    let mut tail = T::ZERO;
+    for (&x, &y) in a_chunks.remainder().iter().zip(b_chunks.remainder()) {
+        tail += x * y;
+    }
+    for (x, y) in a_chunks.zip(b_chunks) {
+        for i in 0..LANES {
+            lanes[i] += x[i] * y[i];
+        }
+    }
+    lanes.iter().copied().sum::<T>() + tail
+}

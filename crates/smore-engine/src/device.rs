@@ -1,0 +1,240 @@
+//! The seam between model code and the machine: some twenty operations on device buffers.
+
+use crate::{Float, HostMatrix, Mat, MatMut, View, ViewMut};
+
+/// A machine that holds buffers and computes on them.
+///
+/// Operations that end in `_backward` *add* to the gradients they are given, so that a value used
+/// twice collects both shares; forward operations overwrite unless they say otherwise.
+///
+/// # Panics
+/// Every operation panics when a shape does not fit: shapes are settled when a model is built, so
+/// a mismatch here is our bug.
+pub trait Device: Clone + Send + Sync + Sized + 'static {
+    /// Scalar of every buffer.
+    type Elem: Float;
+    /// Memory on the device.
+    type Buf: Send + Sync;
+    /// A frozen matrix, laid out as the device reads it best.
+    type Weight: Send + Sync;
+
+    /// A buffer of `len` zeros.
+    fn zeros(&self, len: usize) -> Self::Buf;
+    /// A buffer holding `host`.
+    fn upload(&self, host: &[Self::Elem]) -> Self::Buf;
+    /// The elements of a view.
+    fn download(&self, view: View<Self>) -> Vec<Self::Elem>;
+    /// Overwrites a view with `host`, of the same length.
+    fn write(&self, view: ViewMut<Self>, host: &[Self::Elem]);
+    /// Sets every element to 0.
+    fn clear(&self, view: ViewMut<Self>);
+    /// Number of elements of a buffer.
+    fn len(&self, buf: &Self::Buf) -> usize;
+
+    /// Takes over a frozen matrix.
+    fn weight(&self, host: HostMatrix) -> Self::Weight;
+    /// `[rows, cols]` of a frozen matrix.
+    fn weight_shape(&self, weight: &Self::Weight) -> (usize, usize);
+
+    /// C = alpha A B + beta C. With beta = 0, C is not read.
+    fn gemm(&self, alpha: f64, a: Mat<Self>, b: Mat<Self>, beta: f64, c: MatMut<Self>);
+
+    /// y = x W^T (+ y where `accumulate`).
+    ///
+    /// # Shapes
+    /// x `[n, d_in]`, W `[d_out, d_in]`, y `[n, d_out]`
+    fn linear(
+        &self,
+        x: View<Self>,
+        w: MatrixRef<Self>,
+        y: ViewMut<Self>,
+        n: usize,
+        accumulate: bool,
+    );
+
+    /// dx += dy W.
+    ///
+    /// # Shapes
+    /// dy `[n, d_out]`, W `[d_out, d_in]`, dx `[n, d_in]`
+    fn linear_backward(&self, dy: View<Self>, w: MatrixRef<Self>, dx: ViewMut<Self>, n: usize);
+
+    /// y_i = row `ids[i]` of the table.
+    fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>);
+    /// Adds row i of dy to row `ids[i]` of dtable.
+    fn embedding_backward(&self, ids: &[u32], dy: View<Self>, dtable: ViewMut<Self>);
+
+    /// y = x / sqrt(mean(x^2) + eps) * gain, row by row; the inverse root goes to `inv_rms [n]`.
+    fn rms_norm(
+        &self,
+        x: View<Self>,
+        gain: View<Self>,
+        eps: f64,
+        y: ViewMut<Self>,
+        inv_rms: ViewMut<Self>,
+    );
+    /// Gradients of [`Device::rms_norm`] by x and, where wanted, by the gain.
+    fn rms_norm_backward(
+        &self,
+        x: View<Self>,
+        gain: View<Self>,
+        inv_rms: View<Self>,
+        dy: View<Self>,
+        dx: ViewMut<Self>,
+        dgain: Option<ViewMut<Self>>,
+    );
+
+    /// Rotates pairs (i, i + head_dim/2) of every head by the angle of its position, in place.
+    /// `inverse` turns back, which is also the backward pass.
+    ///
+    /// # Shapes
+    /// x `[positions.len(), heads * head_dim]`, `table` cos and sin for every position:
+    /// `[max_position, 2, head_dim / 2]`
+    fn rotary(
+        &self,
+        x: ViewMut<Self>,
+        table: View<Self>,
+        positions: &[u32],
+        head_dim: usize,
+        inverse: bool,
+    );
+
+    /// Causal attention with grouped queries; the log-sum-exp of each row's scores goes to `lse`.
+    ///
+    /// # Shapes
+    /// q, out `[n_queries, heads * head_dim]`, k, v `[n_keys, kv_heads * head_dim]`,
+    /// lse `[n_queries, heads]`
+    fn attention(
+        &self,
+        shape: &AttentionShape,
+        q: View<Self>,
+        k: View<Self>,
+        v: View<Self>,
+        out: ViewMut<Self>,
+        lse: ViewMut<Self>,
+    );
+    /// Gradients of [`Device::attention`]; the scores are computed again from q, k and `lse`.
+    fn attention_backward(
+        &self,
+        shape: &AttentionShape,
+        q: View<Self>,
+        k: View<Self>,
+        v: View<Self>,
+        out: View<Self>,
+        lse: View<Self>,
+        dout: View<Self>,
+        dq: ViewMut<Self>,
+        dk: ViewMut<Self>,
+        dv: ViewMut<Self>,
+    );
+
+    /// y = silu(gate) * up
+    fn swiglu(&self, gate: View<Self>, up: View<Self>, y: ViewMut<Self>);
+    /// Gradients of [`Device::swiglu`].
+    fn swiglu_backward(
+        &self,
+        gate: View<Self>,
+        up: View<Self>,
+        dy: View<Self>,
+        dgate: ViewMut<Self>,
+        dup: ViewMut<Self>,
+    );
+
+    /// Cross-entropy of the output head at the rows that are trained, and its gradients.
+    ///
+    /// `targets` lists (row of h, target token). Returns -ln p(target) of each, in f64. Where `dh`
+    /// is given, adds `scale` times the gradient of their sum, and likewise for `dhead`. Logits
+    /// exist for a few rows at a time only.
+    ///
+    /// # Shapes
+    /// h, dh `[n, d]`; head, dhead `[vocabulary, d]`
+    fn cross_entropy(
+        &self,
+        h: View<Self>,
+        targets: &[(u32, u32)],
+        head: MatrixRef<Self>,
+        scale: f64,
+        dh: Option<ViewMut<Self>>,
+        dhead: Option<ViewMut<Self>>,
+    ) -> Vec<f64>;
+
+    /// y += x
+    fn add(&self, x: View<Self>, y: ViewMut<Self>);
+    /// Adds `row [d]` to every row of `y [n, d]`.
+    fn add_row(&self, row: View<Self>, y: ViewMut<Self>);
+    /// Adds the sum of the rows of `y [n, d]` to `sum [d]`.
+    fn sum_rows(&self, y: View<Self>, sum: ViewMut<Self>);
+    /// Sum of squares in f64, in an order that does not depend on the number of threads.
+    fn sum_squares(&self, x: View<Self>) -> f64;
+    /// x *= factor
+    fn scale(&self, factor: f64, x: ViewMut<Self>);
+
+    /// One AdamW step (Loshchilov & Hutter 2019): moments m and v, bias-corrected, decoupled decay.
+    fn adamw(
+        &self,
+        step: &AdamW,
+        values: ViewMut<Self>,
+        grads: View<Self>,
+        m: ViewMut<Self>,
+        v: ViewMut<Self>,
+    );
+}
+
+/// A matrix that is either frozen or trained.
+pub enum MatrixRef<'a, D: Device> {
+    /// Never gets a gradient; stored as the device likes.
+    Frozen(&'a D::Weight),
+    /// `[rows, cols]` elements of a buffer.
+    Trained(View<'a, D>, usize, usize),
+}
+
+impl<D: Device> Clone for MatrixRef<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D: Device> Copy for MatrixRef<'_, D> {}
+
+/// Heads and spans of an attention call.
+#[derive(Clone, Debug)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; each serves `heads / kv_heads` query heads.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Factor on the scores, usually 1 / sqrt(head_dim).
+    pub scale: f64,
+    /// One entry per sequence; sequences never see each other.
+    pub spans: Vec<Span>,
+}
+
+/// The rows of one sequence. Its last query sees all its keys, the one before all but one, ...
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// First query row.
+    pub q_start: usize,
+    /// Query rows.
+    pub q_len: usize,
+    /// First key row.
+    pub k_start: usize,
+    /// Key rows, at least `q_len`.
+    pub k_len: usize,
+}
+
+/// The numbers of one AdamW step.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub epsilon: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Steps done, this one included; 1 at first.
+    pub step: u64,
+}

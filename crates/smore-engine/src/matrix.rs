@@ -1,0 +1,70 @@
+//! Frozen matrices as they lie in a file.
+
+use std::sync::Arc;
+
+/// Storage type of a frozen matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// IEEE single.
+    F32,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl Dtype {
+    /// Bytes of one element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
+    }
+}
+
+/// A frozen matrix `[rows, cols]`: little-endian bytes owned by someone else, usually a memory
+/// map, so that loading a model copies nothing.
+#[derive(Clone)]
+pub struct HostMatrix {
+    /// Rows (outputs of a linear map).
+    pub rows: usize,
+    /// Columns (inputs of a linear map).
+    pub cols: usize,
+    /// How the elements are stored.
+    pub dtype: Dtype,
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    start: usize,
+}
+
+impl HostMatrix {
+    /// A matrix whose elements start at byte `start` of `owner`.
+    ///
+    /// # Panics
+    /// If `owner` ends before the matrix does: the reader of the file checks that first.
+    pub fn new(
+        rows: usize,
+        cols: usize,
+        dtype: Dtype,
+        owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+        start: usize,
+    ) -> Self {
+        let end = start + rows * cols * dtype.bytes();
+        assert!(end <= (*owner).as_ref().len(), "matrix reaches past its bytes");
+        Self { rows, cols, dtype, owner, start }
+    }
+
+    /// A matrix that owns its `f32` elements.
+    pub fn from_f32(rows: usize, cols: usize, values: &[f32]) -> Self {
+        assert_eq!(values.len(), rows * cols, "element count");
+        let bytes: Vec<u8> = bytemuck::cast_slice(values).to_vec();
+        Self::new(rows, cols, Dtype::F32, Arc::new(bytes), 0)
+    }
+
+    /// Bytes of rows `first..first + n`.
+    pub fn row_bytes(&self, first: usize, n: usize) -> &[u8] {
+        let width = self.cols * self.dtype.bytes();
+        let start = self.start + first * width;
+        &(*self.owner).as_ref()[start..start + n * width]
+    }
+}
