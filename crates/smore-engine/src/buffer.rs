@@ -109,6 +109,13 @@ pub struct Mat<'a, D: Device> {
     pub col_stride: usize,
 }
 
+impl<D: Device> Clone for Mat<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D: Device> Copy for Mat<'_, D> {}
+
 impl<D: Device> Mat<'_, D> {
     /// The transpose, without moving anything.
     #[must_use]

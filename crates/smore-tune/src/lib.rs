@@ -7,3 +7,4 @@ pub mod error;
 pub mod report;
 pub mod template;
 pub mod tokenizer;
+pub mod verify;

@@ -20,13 +20,19 @@ pub struct SmoreConfig {
     /// The activation sigma between layers.
     #[serde(default)]
     pub activation: Activation,
+    /// Where sigma stands.
+    #[serde(default)]
+    pub activation_position: ActivationPosition,
+    /// S'MoRE#: one set of experts serves every layer.
+    #[serde(default)]
+    pub shared_pool: bool,
     /// How the parameters start.
     #[serde(default)]
     pub init: Init,
 }
 
 /// One S'MoRE layer: `experts` (s), `fanout` (f) and `rank` (r) of the paper.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerConfig {
     /// Residual experts in this layer (s).
@@ -35,6 +41,9 @@ pub struct LayerConfig {
     pub fanout: usize,
     /// Rank of each expert (r).
     pub rank: usize,
+    /// The layer's residuals are scaled by `lora_alpha / rank`, or by 1 where it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lora_alpha: Option<f64>,
 }
 
 /// The router's settings.
@@ -43,11 +52,13 @@ pub struct LayerConfig {
 pub struct GateConfig {
     /// Which gate turns logits into a choice.
     pub kind: GateKind,
+    /// Whether a small network or the keys alone look at the router's input.
+    pub architecture: RouterArchitecture,
     /// Weight w of the balance loss.
     pub balance_weight: f64,
     /// Hidden width of the router's network and length of the keys (m).
     pub router_width: usize,
-    /// Width of the router's view of the token.
+    /// Width of the router's view of the token; 0 means the full width of the input.
     pub router_input_width: usize,
     /// Activation inside the router's network.
     pub activation: Activation,
@@ -57,6 +68,7 @@ impl Default for GateConfig {
     fn default() -> Self {
         Self {
             kind: GateKind::Switch,
+            architecture: RouterArchitecture::Mlp,
             balance_weight: 0.01,
             router_width: 32,
             router_input_width: 32,
@@ -72,11 +84,26 @@ pub enum GateKind {
     /// Softmax over all experts, the top f kept and renormalised (Fedus et al. 2022).
     #[default]
     Switch,
+    /// Cosine scores with learned noise in training, softmax over the top f (Shazeer et al. 2017).
+    NoisyTopk,
+    /// Softmax over all experts, all of them active (HydraLoRA).
+    Dense,
+}
+
+/// What computes the router's logits.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RouterArchitecture {
+    /// A two-layer network gives a query that meets the experts' keys.
+    #[default]
+    Mlp,
+    /// The keys meet the router's input directly. (The noisy gate always uses the network.)
+    Linear,
 }
 
 /// A pointwise non-linearity.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(try_from = "String", into = "String")]
 pub enum Activation {
     /// sigma(v) = v
     Identity,
@@ -85,6 +112,55 @@ pub enum Activation {
     /// sigma(v) = tanh(v)
     #[default]
     Tanh,
+    /// sigma(v) = max(v, 0) + a min(v, 0), a learned and starting at this value; written
+    /// `prelu|0.25`.
+    Prelu(f64),
+}
+
+impl TryFrom<String> for Activation {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        match text.as_str() {
+            "identity" => return Ok(Self::Identity),
+            "relu" => return Ok(Self::Relu),
+            "tanh" => return Ok(Self::Tanh),
+            _ => {}
+        }
+        match text.strip_prefix("prelu|").map(str::parse::<f64>) {
+            Some(Ok(slope)) if slope.is_finite() => Ok(Self::Prelu(slope)),
+            _ if text.starts_with("prelu") => Err(format!(
+                "activation `{text}` has no slope to start from; write `prelu|0.25`"
+            )),
+            _ => Err(format!(
+                "unknown activation `{text}`; expected identity, relu, tanh or prelu|<slope>"
+            )),
+        }
+    }
+}
+
+impl From<Activation> for String {
+    fn from(activation: Activation) -> Self {
+        match activation {
+            Activation::Identity => "identity".into(),
+            Activation::Relu => "relu".into(),
+            Activation::Tanh => "tanh".into(),
+            Activation::Prelu(slope) => format!("prelu|{slope}"),
+        }
+    }
+}
+
+/// Where the activation stands in a layer's sum (spec section 3).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ActivationPosition {
+    /// sum of alpha sigma(u + W x + b): the paper's Eq. 3.
+    #[default]
+    All,
+    /// sum of alpha u + W sigma(x) + b: S'MoRE*, Eq. 38, as in the authors' code.
+    Child,
+    /// sum of alpha (u + W sigma(x) + b).
+    ChildV2,
 }
 
 /// How the parameters start (spec section 4).
@@ -94,6 +170,16 @@ pub enum Init {
     /// Kaiming uniform everywhere, the output projection zero: the adapter starts as the zero map.
     #[default]
     WFinalZero,
+    /// Up factors and transforms start as shifted identities, so that with sigma = identity the
+    /// layers act as one (paper, Props. 3.1 and 3.2); the output projection is zero.
+    #[serde(rename = "eq_1_layer")]
+    Eq1Layer,
+    /// Up factors zero.
+    BZero,
+    /// Up factors and transforms zero.
+    BwZero,
+    /// Nothing zero: the adapter changes the base from the start.
+    Normal,
 }
 
 /// A plain LoRA (`kind: lora`): y += (alpha / rank) B A x.

@@ -1,0 +1,90 @@
+//! LoRA (Hu et al. 2021): y += (alpha / r) B A x.
+
+use super::{Adapter, Mode};
+use crate::init;
+use crate::kernel::AdapterKernels;
+use crate::layout::{LoraLayout, Param};
+use crate::spec::LoraSpec;
+use rand::Rng;
+use smore_engine::{View, ViewMut};
+
+/// LoRA on one linear map.
+pub struct Lora {
+    /// Its validated description.
+    pub spec: LoraSpec,
+    /// Where its parameters lie.
+    pub layout: LoraLayout,
+}
+
+impl Lora {
+    /// An adapter for `spec`; it holds no values.
+    pub fn new(spec: LoraSpec) -> Self {
+        Self { layout: LoraLayout::new(&spec), spec }
+    }
+}
+
+/// A x, `[n, r]`.
+pub struct LoraSaved<D: AdapterKernels> {
+    down: D::Buf,
+}
+
+impl<D: AdapterKernels> Adapter<D> for Lora {
+    type Saved = LoraSaved<D>;
+
+    fn params(&self) -> &[Param] {
+        &self.layout.params
+    }
+
+    fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
+        init::lora(&self.layout, rng)
+    }
+
+    fn forward(
+        &self,
+        device: &D,
+        _mode: Mode,
+        params: View<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> LoraSaved<D> {
+        let LoraSpec { d_in, d_out, rank, scale } = self.spec;
+        let n = x.len / d_in;
+        let a = params.at(0..self.layout.up).mat(rank, d_in);
+        let b = params.at(self.layout.up..self.layout.len).mat(d_out, rank);
+        let mut down = device.zeros(n * rank);
+        let target = ViewMut::new(&mut down, n * rank).mat(n, rank);
+        device.gemm(1.0, x.mat(n, d_in), a.t(), 0.0, target);
+        let down_mat = View::new(&down, n * rank).mat(n, rank);
+        device.gemm(scale, down_mat, b.t(), 1.0, y.mat(n, d_out));
+        LoraSaved { down }
+    }
+
+    fn backward(
+        &self,
+        device: &D,
+        _mode: Mode,
+        _balance_scale: f64,
+        params: View<D>,
+        saved: &LoraSaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        mut grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    ) {
+        let LoraSpec { d_in, d_out, rank, scale } = self.spec;
+        let n = x.len / d_in;
+        let (up, len) = (self.layout.up, self.layout.len);
+        let down = View::new(&saved.down, n * rank).mat(n, rank);
+        let dy = dy.mat(n, d_out);
+        device.gemm(scale, dy.t(), down, 1.0, grads.rb().at(up..len).mat(d_out, rank));
+        let mut ddown = device.zeros(n * rank);
+        let b = params.at(up..len).mat(d_out, rank);
+        device.gemm(scale, dy, b, 0.0, ViewMut::new(&mut ddown, n * rank).mat(n, rank));
+        let ddown = View::new(&ddown, n * rank).mat(n, rank);
+        device.gemm(1.0, ddown.t(), x.mat(n, d_in), 1.0, grads.at(0..up).mat(rank, d_in));
+        if let Some(dx) = dx {
+            let a = params.at(0..up).mat(rank, d_in);
+            device.gemm(1.0, ddown, a, 1.0, dx.mat(n, d_in));
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! Adapters on one linear map, behind one trait.
+
+mod lora;
+mod smore;
+
+pub use lora::{Lora, LoraSaved};
+pub use smore::{Smore, SmoreSaved};
+
+use crate::kernel::{AdapterKernels, GateNoise, Routing};
+use crate::layout::Param;
+use rand::Rng;
+use smore_engine::{View, ViewMut};
+
+/// What a pass is for.
+#[derive(Clone, Copy)]
+pub struct Mode<'a> {
+    /// Tokens that count in balance losses, `[n]`; all where absent.
+    pub valid: Option<&'a [bool]>,
+    /// Seed, step and place of random numbers, where the pass is a training step that draws any.
+    pub noise: Option<NoiseKey>,
+}
+
+/// Names a stream of random numbers; see [`crate::rng::stream`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoiseKey {
+    /// The run's seed.
+    pub seed: u64,
+    /// Counts micro-batches over the whole run.
+    pub step: u64,
+    /// Number of the adapted linear map.
+    pub place: u64,
+}
+
+/// An adapter on one linear map `[d_out, d_in]`: adds its output to the map's.
+pub trait Adapter<D: AdapterKernels> {
+    /// What backward needs from forward.
+    type Saved;
+
+    /// All parameters, in the order in which they lie.
+    fn params(&self) -> &[Param];
+
+    /// Number of elements of all parameters.
+    fn len(&self) -> usize {
+        self.params().last().map_or(0, |p| p.range().end)
+    }
+
+    /// True where there is nothing to train.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Starting values.
+    fn init(&self, rng: &mut impl Rng) -> Vec<f32>;
+
+    /// y += adapter(x).
+    ///
+    /// # Shapes
+    /// x `[n, d_in]`, y `[n, d_out]`
+    fn forward(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> Self::Saved;
+
+    /// Adds parameter gradients to `grads` and, where wanted, the input's to `dx`. The balance
+    /// loss enters times `balance_scale`.
+    ///
+    /// # Shapes
+    /// as in [`Adapter::forward`], dy like y, dx like x
+    fn backward(
+        &self,
+        device: &D,
+        mode: Mode,
+        balance_scale: f64,
+        params: View<D>,
+        saved: &Self::Saved,
+        x: View<D>,
+        dy: View<D>,
+        grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    );
+}
+
+/// Any adapter this crate knows.
+pub enum AnyAdapter {
+    /// S'MoRE
+    Smore(Smore),
+    /// LoRA
+    Lora(Lora),
+}
+
+/// What [`AnyAdapter`] saves.
+pub enum AnySaved<D: AdapterKernels> {
+    /// Of S'MoRE
+    Smore(SmoreSaved<D>),
+    /// Of LoRA
+    Lora(LoraSaved<D>),
+}
+
+impl<D: AdapterKernels> AnySaved<D> {
+    /// The trees of a routed adapter.
+    pub fn routing(&self) -> Option<&Routing<D::Elem>> {
+        match self {
+            Self::Smore(saved) => Some(&saved.routing),
+            Self::Lora(_) => None,
+        }
+    }
+}
+
+impl<D: AdapterKernels> Adapter<D> for AnyAdapter {
+    type Saved = AnySaved<D>;
+
+    fn params(&self) -> &[Param] {
+        match self {
+            Self::Smore(a) => Adapter::<D>::params(a),
+            Self::Lora(a) => Adapter::<D>::params(a),
+        }
+    }
+
+    fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
+        match self {
+            Self::Smore(a) => Adapter::<D>::init(a, rng),
+            Self::Lora(a) => Adapter::<D>::init(a, rng),
+        }
+    }
+
+    fn forward(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> AnySaved<D> {
+        match self {
+            Self::Smore(a) => AnySaved::Smore(a.forward(device, mode, params, x, y)),
+            Self::Lora(a) => AnySaved::Lora(a.forward(device, mode, params, x, y)),
+        }
+    }
+
+    fn backward(
+        &self,
+        device: &D,
+        mode: Mode,
+        balance_scale: f64,
+        params: View<D>,
+        saved: &AnySaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    ) {
+        match (self, saved) {
+            (Self::Smore(a), AnySaved::Smore(s)) => {
+                a.backward(device, mode, balance_scale, params, s, x, dy, grads, dx);
+            }
+            (Self::Lora(a), AnySaved::Lora(s)) => {
+                a.backward(device, mode, balance_scale, params, s, x, dy, grads, dx);
+            }
+            _ => unreachable!("an adapter meets what another kind saved"),
+        }
+    }
+}
+
+impl<T: smore_engine::Float> GateNoise<T> {
+    /// Noise for `n` tokens, the same for the same key.
+    pub fn draw(spec: &crate::spec::SmoreSpec, key: NoiseKey, n: usize) -> Self {
+        use rand_distr::{Distribution, StandardNormal};
+        let mut rng =
+            crate::rng::stream(key.seed, crate::rng::Purpose::GateNoise, key.step, key.place);
+        let mut layer = |len: usize| {
+            (0..len).map(|_| T::from_f64(StandardNormal.sample(&mut rng))).collect()
+        };
+        Self { layers: spec.layers.iter().map(|l| layer(n * l.parents * l.experts)).collect() }
+    }
+}

@@ -1,0 +1,185 @@
+//! S'MoRE on one linear map: three products around the pass over tokens.
+//!
+//! ```text
+//! z      = [A_0; ..; A_{L-1}; D] x + [a; bias]        one product, [n, stack_width]
+//! hidden = tree_forward(z)                            [n, d_L]
+//! y     += W_proj hidden + bias_proj
+//! ```
+
+use super::{Adapter, Mode};
+use crate::config::GateKind;
+use crate::init;
+use crate::kernel::{AdapterKernels, GateNoise, Pass, Routing};
+use crate::layout::{Param, SmoreLayout};
+use crate::spec::SmoreSpec;
+use rand::Rng;
+use smore_engine::{View, ViewMut};
+
+/// S'MoRE on one linear map.
+pub struct Smore {
+    /// Its validated description.
+    pub spec: SmoreSpec,
+    /// Where its parameters lie.
+    pub layout: SmoreLayout,
+}
+
+/// The stacked projection and the routing: the rest is computed again.
+pub struct SmoreSaved<D: AdapterKernels> {
+    /// `[n, stack_width]`
+    pub z: D::Buf,
+    /// Trees, statistics and balance losses.
+    pub routing: Routing<D::Elem>,
+}
+
+impl Smore {
+    /// An adapter for `spec`; it holds no values.
+    pub fn new(spec: SmoreSpec) -> Self {
+        Self { layout: SmoreLayout::new(&spec), spec }
+    }
+
+    /// Forward with the noise given instead of drawn; see [`Adapter::forward`].
+    pub fn forward_with<D: AdapterKernels>(
+        &self,
+        device: &D,
+        valid: Option<&[bool]>,
+        noise: Option<&GateNoise<D::Elem>>,
+        params: View<D>,
+        x: View<D>,
+        mut y: ViewMut<D>,
+    ) -> SmoreSaved<D> {
+        let (spec, layout) = (&self.spec, &self.layout);
+        let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
+        let z = self.project(device, params, x, n);
+        let mut hidden = device.zeros(n * root);
+        let pass = Pass { spec, layout, valid, noise };
+        let target = ViewMut::new(&mut hidden, n * root);
+        let routing = device.tree_forward(&pass, params, View::new(&z, n * width), target);
+        let out = params.at(layout.output_proj..layout.output_bias).mat(spec.d_out, root);
+        let hidden = View::new(&hidden, n * root).mat(n, root);
+        device.gemm(1.0, hidden, out.t(), 1.0, y.rb().mat(n, spec.d_out));
+        device.add_row(params.at(layout.output_bias..layout.core), y);
+        SmoreSaved { z, routing }
+    }
+
+    /// z = stack x + stacked biases, `[n, stack_width]`.
+    fn project<D: AdapterKernels>(
+        &self,
+        device: &D,
+        params: View<D>,
+        x: View<D>,
+        n: usize,
+    ) -> D::Buf {
+        let (spec, at) = (&self.spec, self.layout.stack_bias);
+        let width = spec.stack_width();
+        let mut z = device.zeros(n * width);
+        let stack = params.at(0..at).mat(width, spec.d_in);
+        let target = ViewMut::new(&mut z, n * width);
+        device.gemm(1.0, x.mat(n, spec.d_in), stack.t(), 0.0, target.mat(n, width));
+        device.add_row(params.at(at..at + width), ViewMut::new(&mut z, n * width));
+        z
+    }
+
+    /// Backward with the noise given instead of drawn; see [`Adapter::backward`].
+    pub fn backward_with<D: AdapterKernels>(
+        &self,
+        device: &D,
+        valid: Option<&[bool]>,
+        noise: Option<&GateNoise<D::Elem>>,
+        balance_scale: f64,
+        params: View<D>,
+        saved: &SmoreSaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        mut grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    ) {
+        let (spec, layout) = (&self.spec, &self.layout);
+        let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
+        let (proj, bias, stack_end) = (layout.output_proj, layout.output_bias, layout.stack_bias);
+        let dy_mat = dy.mat(n, spec.d_out);
+        let mut dhidden = device.zeros(n * root);
+        let out = params.at(proj..bias).mat(spec.d_out, root);
+        device.gemm(1.0, dy_mat, out, 0.0, ViewMut::new(&mut dhidden, n * root).mat(n, root));
+        let (mut dz, mut hidden) = (device.zeros(n * width), device.zeros(n * root));
+        let pass = Pass { spec, layout, valid, noise };
+        device.tree_backward(
+            &pass,
+            &saved.routing,
+            balance_scale,
+            params,
+            View::new(&saved.z, n * width),
+            View::new(&dhidden, n * root),
+            grads.rb(),
+            ViewMut::new(&mut dz, n * width),
+            ViewMut::new(&mut hidden, n * root),
+        );
+        let hidden = View::new(&hidden, n * root).mat(n, root);
+        device.gemm(1.0, dy_mat.t(), hidden, 1.0, grads.rb().at(proj..bias).mat(spec.d_out, root));
+        device.sum_rows(dy, grads.rb().at(bias..layout.core));
+        let dz_view = View::new(&dz, n * width);
+        device.sum_rows(dz_view, grads.rb().at(stack_end..stack_end + width));
+        let dz = dz_view.mat(n, width);
+        let dstack = grads.at(0..stack_end).mat(width, spec.d_in);
+        device.gemm(1.0, dz.t(), x.mat(n, spec.d_in), 1.0, dstack);
+        if let Some(dx) = dx {
+            let stack = params.at(0..stack_end).mat(width, spec.d_in);
+            device.gemm(1.0, dz, stack, 1.0, dx.mat(n, spec.d_in));
+        }
+    }
+
+    fn noise<T: smore_engine::Float>(&self, mode: Mode, n: usize) -> Option<GateNoise<T>> {
+        let key = mode.noise.filter(|_| self.spec.gate.kind == GateKind::NoisyTopk)?;
+        Some(GateNoise::draw(&self.spec, key, n))
+    }
+}
+
+impl<D: AdapterKernels> Adapter<D> for Smore {
+    type Saved = SmoreSaved<D>;
+
+    fn params(&self) -> &[Param] {
+        &self.layout.params
+    }
+
+    fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
+        init::smore(&self.spec, &self.layout, rng)
+    }
+
+    fn forward(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> SmoreSaved<D> {
+        let noise = self.noise(mode, x.len / self.spec.d_in);
+        self.forward_with(device, mode.valid, noise.as_ref(), params, x, y)
+    }
+
+    fn backward(
+        &self,
+        device: &D,
+        mode: Mode,
+        balance_scale: f64,
+        params: View<D>,
+        saved: &SmoreSaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    ) {
+        let noise = self.noise(mode, x.len / self.spec.d_in);
+        self.backward_with(
+            device,
+            mode.valid,
+            noise.as_ref(),
+            balance_scale,
+            params,
+            saved,
+            x,
+            dy,
+            grads,
+            dx,
+        );
+    }
+}

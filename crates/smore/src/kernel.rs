@@ -1,0 +1,367 @@
+//! The fused pass over tokens: routing, tree and propagation of a block of tokens in cache-sized
+//! memory.
+//!
+//! Forward reads the stacked projection `z [n, stack_width]` and gives the root's embedding
+//! `[n, d_L]`. All that survives is z and the tree; backward computes the rest again, block by
+//! block. Parameter gradients are summed within fixed spans of tokens and then over the spans in
+//! order, so that the bits do not depend on the number of threads.
+
+use crate::activation::Act;
+use crate::config::GateKind;
+use crate::layout::SmoreLayout;
+use crate::propagate;
+use crate::router::{self, BalanceSlopes, Gate, LayerStats, noisy};
+use crate::spec::SmoreSpec;
+use crate::tree::ResidualTree;
+use rayon::prelude::*;
+use smore_engine::{Cpu, Device, Float, View, ViewMut};
+
+/// Tokens whose intermediate values are alive at once, per thread.
+const BLOCK: usize = 32;
+/// Spans of tokens with parameter gradients of their own.
+const SPANS: usize = 8;
+
+/// The parameters that the pass reads.
+pub(crate) struct Core<'a, T> {
+    pub(crate) spec: &'a SmoreSpec,
+    pub(crate) layout: &'a SmoreLayout,
+    /// The adapter's parameters from [`SmoreLayout::core`] on.
+    pub(crate) params: &'a [T],
+    /// Keys over their lengths, and the lengths, per layer; for the noisy gate only.
+    unit_keys: Vec<(Vec<T>, Vec<T>)>,
+}
+
+impl<'a, T: Float> Core<'a, T> {
+    /// `params`: all parameters of the adapter.
+    pub(crate) fn new(spec: &'a SmoreSpec, layout: &'a SmoreLayout, params: &'a [T]) -> Self {
+        let mut core = Self { spec, layout, params: &params[layout.core..], unit_keys: vec![] };
+        if spec.gate.kind == GateKind::NoisyTopk {
+            core.unit_keys = (0..spec.depth())
+                .map(|l| noisy::unit_rows(core.keys(l), spec.layers[l].key_width))
+                .collect();
+        }
+        core
+    }
+
+    /// Keys of layer `l`, `[s, key_width]`.
+    pub(crate) fn keys(&self, l: usize) -> &[T] {
+        let layer = &self.spec.layers[l];
+        &self.params[self.layout.layers[l].keys..][..layer.experts * layer.key_width]
+    }
+
+    /// Keys as queries and descendants meet them: normalised for the noisy gate.
+    pub(crate) fn used_keys(&self, l: usize) -> &[T] {
+        self.unit_keys.get(l).map_or_else(|| self.keys(l), |(unit, _)| unit)
+    }
+
+    /// B of layer `l`, `[s, d_{l+1}, r]`.
+    pub(crate) fn up(&self, l: usize) -> &[T] {
+        let layer = &self.spec.layers[l];
+        &self.params[self.layout.layers[l].up..][..layer.experts * layer.width * layer.rank]
+    }
+
+    /// b of layer `l`, `[s, d_{l+1}]`.
+    pub(crate) fn up_bias(&self, l: usize) -> &[T] {
+        let layer = &self.spec.layers[l];
+        &self.params[self.layout.layers[l].up_bias..][..layer.experts * layer.width]
+    }
+
+    /// W of layer `l`, `[d_{l+1}, d_l]`, and its bias; empty at the leaves.
+    pub(crate) fn transform(&self, l: usize) -> (&[T], &[T]) {
+        let layer = &self.spec.layers[l];
+        self.layout.layers[l].transform.map_or((&[], &[]), |(w, bias)| {
+            (
+                &self.params[w..w + layer.width * layer.width_below],
+                &self.params[bias..bias + layer.width],
+            )
+        })
+    }
+
+    /// sigma of layer `l`.
+    pub(crate) fn act(&self, l: usize) -> Act<T> {
+        let slope = self.layout.layers[l].slope.map(|at| self.params[at]);
+        Act::new(self.spec.activation, slope)
+    }
+
+    pub(crate) fn gate(&self, l: usize) -> Gate {
+        let layer = &self.spec.layers[l];
+        Gate {
+            kind: self.spec.gate.kind,
+            experts: layer.experts,
+            fanout: layer.fanout,
+        }
+    }
+
+    /// Turns slopes by the keys as used into slopes by the keys as stored.
+    fn finish_key_grads(&self, grads: &mut [T]) {
+        for (l, (unit, length)) in self.unit_keys.iter().enumerate() {
+            let at = self.layout.layers[l].keys;
+            let width = self.spec.layers[l].key_width;
+            noisy::unit_rows_backward(unit, length, &mut grads[at..at + unit.len()], width);
+        }
+    }
+}
+
+/// Noise of the noisy gate, drawn from N(0, 1): per layer, leaves first, `[n * parents, s]`.
+#[derive(Clone, Debug)]
+pub struct GateNoise<T> {
+    /// One vector per layer.
+    pub layers: Vec<Vec<T>>,
+}
+
+/// What the balance loss and the gate say about a batch besides the output.
+#[derive(Clone, Debug)]
+pub struct Routing<T> {
+    /// Every token's tree.
+    pub tree: ResidualTree<T>,
+    /// Per layer, over the tokens that count.
+    pub stats: Vec<LayerStats>,
+    /// Balance loss of each layer.
+    pub balance_losses: Vec<f64>,
+    /// Their slopes.
+    pub(crate) slopes: Vec<BalanceSlopes>,
+}
+
+/// Inputs of a pass besides the parameters.
+pub struct Pass<'a, T> {
+    /// The adapter.
+    pub spec: &'a SmoreSpec,
+    /// Its parameters' places.
+    pub layout: &'a SmoreLayout,
+    /// Tokens that count in the balance loss, `[n]`; all where absent.
+    pub valid: Option<&'a [bool]>,
+    /// Noise of the noisy gate in training.
+    pub noise: Option<&'a GateNoise<T>>,
+}
+
+/// The pass over tokens as a device computes it.
+pub trait AdapterKernels: Device {
+    /// Routes every token and propagates its tree: `hidden [n, d_L]` from `z [n, stack_width]`.
+    fn tree_forward(
+        &self,
+        pass: &Pass<Self::Elem>,
+        params: View<Self>,
+        z: View<Self>,
+        hidden: ViewMut<Self>,
+    ) -> Routing<Self::Elem>;
+
+    /// Backward of [`AdapterKernels::tree_forward`] on the same tree. Adds parameter gradients to
+    /// `grads` (the adapter's run), overwrites `dz`, and writes `hidden` again. Slopes of the
+    /// balance loss enter times `balance_scale`.
+    fn tree_backward(
+        &self,
+        pass: &Pass<Self::Elem>,
+        routing: &Routing<Self::Elem>,
+        balance_scale: f64,
+        params: View<Self>,
+        z: View<Self>,
+        dhidden: View<Self>,
+        grads: ViewMut<Self>,
+        dz: ViewMut<Self>,
+        hidden: ViewMut<Self>,
+    );
+}
+
+/// A block of tokens after its forward pass.
+pub(crate) struct Block<T> {
+    pub(crate) tree: ResidualTree<T>,
+    pub(crate) routed: Vec<router::Routed<T>>,
+    pub(crate) layers: Vec<propagate::LayerValues<T>>,
+}
+
+/// Forward over `n` tokens from token `first` on; `z` holds just these tokens. Where `fixed` is
+/// given, its trees are kept and only their weights are computed.
+pub(crate) fn forward_block<T: Float>(
+    core: &Core<T>,
+    pass: &Pass<T>,
+    first: usize,
+    n: usize,
+    z: &[T],
+    fixed: Option<ResidualTree<T>>,
+) -> Block<T> {
+    let spec = core.spec;
+    let keep = fixed.is_some();
+    let mut tree = fixed.unwrap_or_else(|| ResidualTree::zeros(spec, n));
+    let view = &z[spec.stacked_ranks()..];
+    let mut routed: Vec<_> = (0..spec.depth())
+        .rev()
+        .map(|l| {
+            let noise = pass.noise.map(|noise| {
+                let width = spec.layers[l].parents * spec.layers[l].experts;
+                &noise.layers[l][first * width..(first + n) * width]
+            });
+            router::route(core, l, n, view, noise, &mut tree, keep)
+        })
+        .collect();
+    routed.reverse();
+    let layers = propagate::forward(core, n, z, &tree);
+    Block { tree, routed, layers }
+}
+
+/// Output of every layer for a batch already routed: `[n * F_{l+1}, d_{l+1}]`, leaves first. Slow
+/// and complete, for tracing and for comparison with other tools.
+pub fn hidden_states<T: Float>(
+    pass: &Pass<T>,
+    routing: &Routing<T>,
+    params: &[T],
+    z: &[T],
+) -> Vec<Vec<T>> {
+    let core = Core::new(pass.spec, pass.layout, params);
+    let n = z.len() / pass.spec.stack_width();
+    let block = forward_block(&core, pass, 0, n, z, Some(routing.tree.clone()));
+    block.layers.into_iter().map(|l| l.hidden).collect()
+}
+
+/// First token and number of tokens of every piece of `size` out of `n`.
+fn pieces(first: usize, n: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
+    (first..first + n).step_by(size).map(move |at| (at, size.min(first + n - at)))
+}
+
+impl<T: Float> AdapterKernels for Cpu<T> {
+    fn tree_forward(
+        &self,
+        pass: &Pass<T>,
+        params: View<Self>,
+        z: View<Self>,
+        hidden: ViewMut<Self>,
+    ) -> Routing<T> {
+        let spec = pass.spec;
+        let core = Core::new(spec, pass.layout, Self::slice(params));
+        let (width, root) = (spec.stack_width(), spec.root_width());
+        let (z, hidden) = (Self::slice(z), Self::slice_mut(hidden));
+        let n = hidden.len() / root;
+        let parts: Vec<(ResidualTree<T>, Vec<LayerStats>)> = hidden
+            .par_chunks_mut(BLOCK * root)
+            .zip(z.par_chunks(BLOCK * width))
+            .enumerate()
+            .map(|(i, (hidden, z))| {
+                let (first, count) = (i * BLOCK, hidden.len() / root);
+                let block = forward_block(&core, pass, first, count, z, None);
+                hidden.copy_from_slice(&block.layers[spec.depth() - 1].hidden);
+                let valid = pass.valid.map(|v| &v[first..first + count]);
+                let stats = block_stats(&core, &block, valid);
+                (block.tree, stats)
+            })
+            .collect();
+        let mut tree = ResidualTree::zeros(spec, 0);
+        let mut stats: Vec<_> =
+            spec.layers.iter().map(|l| LayerStats::new(l.experts)).collect();
+        for (part, part_stats) in &parts {
+            tree.extend(part);
+            for (sum, part) in stats.iter_mut().zip(part_stats) {
+                sum.add(part);
+            }
+        }
+        debug_assert_eq!(tree.layers[0].expert_idx.len(), n * spec.layers[0].nodes);
+        let (balance_losses, slopes) = stats
+            .iter()
+            .map(|s| router::balance(spec.gate.kind, spec.gate.balance_weight, s))
+            .unzip();
+        Routing { tree, stats, balance_losses, slopes }
+    }
+
+    fn tree_backward(
+        &self,
+        pass: &Pass<T>,
+        routing: &Routing<T>,
+        balance_scale: f64,
+        params: View<Self>,
+        z: View<Self>,
+        dhidden: View<Self>,
+        grads: ViewMut<Self>,
+        dz: ViewMut<Self>,
+        hidden: ViewMut<Self>,
+    ) {
+        let spec = pass.spec;
+        let core = Core::new(spec, pass.layout, Self::slice(params));
+        let (width, root) = (spec.stack_width(), spec.root_width());
+        let (z, dhidden) = (Self::slice(z), Self::slice(dhidden));
+        let (dz, hidden) = (Self::slice_mut(dz), Self::slice_mut(hidden));
+        dz.fill(T::ZERO);
+        let n = hidden.len() / root;
+        let slopes = scaled(&routing.slopes, balance_scale);
+        let span = n.div_ceil(SPANS).next_multiple_of(BLOCK);
+        let parts: Vec<Vec<T>> = dz
+            .par_chunks_mut(span * width)
+            .zip(hidden.par_chunks_mut(span * root))
+            .enumerate()
+            .map(|(i, (dz, hidden))| {
+                let mut grads = vec![T::ZERO; core.layout.core_len()];
+                let start = i * span;
+                for (first, count) in pieces(start, hidden.len() / root, BLOCK) {
+                    let at = first - start;
+                    let tree = routing.tree.tokens(spec, first, count);
+                    let z = &z[first * width..(first + count) * width];
+                    let block = forward_block(&core, pass, first, count, z, Some(tree));
+                    hidden[at * root..(at + count) * root]
+                        .copy_from_slice(&block.layers[spec.depth() - 1].hidden);
+                    let droot = &dhidden[first * root..(first + count) * root];
+                    let dz = &mut dz[at * width..(at + count) * width];
+                    let valid = pass.valid.map(|v| &v[first..first + count]);
+                    backward_block(&core, &block, count, droot, &slopes, valid, &mut grads, dz);
+                }
+                grads
+            })
+            .collect();
+        let mut sum = vec![T::ZERO; core.layout.core_len()];
+        for part in &parts {
+            router::add_to(&mut sum, part);
+        }
+        core.finish_key_grads(&mut sum);
+        router::add_to(&mut Self::slice_mut(grads)[core.layout.core..], &sum);
+    }
+}
+
+fn block_stats<T: Float>(
+    core: &Core<T>,
+    block: &Block<T>,
+    valid: Option<&[bool]>,
+) -> Vec<LayerStats> {
+    block
+        .routed
+        .iter()
+        .enumerate()
+        .map(|(l, routed)| {
+            let mut stats = LayerStats::new(core.spec.layers[l].experts);
+            router::collect(core, l, routed, &block.tree, valid, &mut stats);
+            stats
+        })
+        .collect()
+}
+
+fn scaled(slopes: &[BalanceSlopes], factor: f64) -> Vec<BalanceSlopes> {
+    let times = |x: &[f64]| x.iter().map(|x| x * factor).collect();
+    slopes
+        .iter()
+        .map(|s| BalanceSlopes { load: times(&s.load), importance: times(&s.importance) })
+        .collect()
+}
+
+fn backward_block<T: Float>(
+    core: &Core<T>,
+    block: &Block<T>,
+    n: usize,
+    droot: &[T],
+    slopes: &[BalanceSlopes],
+    valid: Option<&[bool]>,
+    grads: &mut [T],
+    dz: &mut [T],
+) {
+    let Block { tree, routed, layers } = block;
+    let mut dweights = propagate::backward(core, n, tree, layers, droot, grads, dz);
+    let dview = &mut dz[core.spec.stacked_ranks()..];
+    for (l, routed) in routed.iter().enumerate() {
+        let slopes = Some(&slopes[l]);
+        router::route_backward(
+            core,
+            l,
+            routed,
+            tree,
+            &mut dweights[l],
+            slopes,
+            valid,
+            grads,
+            dview,
+        );
+    }
+}

@@ -1,0 +1,200 @@
+//! Where each parameter of an adapter lies.
+//!
+//! An adapter's parameters are one contiguous run of numbers, so that an optimizer, a gradient norm
+//! or an all-reduce sees one buffer. Its order serves the arithmetic: the down factors of all
+//! layers and the router's projection form one matrix `[stack_width, d_in]`, their biases one row.
+
+use crate::config::{Activation, GateKind, RouterArchitecture};
+use crate::spec::{LoraSpec, SmoreSpec};
+use std::ops::Range;
+
+/// One named parameter.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Param {
+    /// Its name in an adapter file, below the module path: the authors' for S'MoRE, PEFT's for LoRA.
+    pub name: String,
+    /// Its shape, row-major.
+    pub shape: Vec<usize>,
+    /// Its first element in the adapter's run of numbers.
+    pub offset: usize,
+}
+
+impl Param {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// True where the shape holds nothing.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Its elements in the adapter's run of numbers.
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.len()
+    }
+}
+
+/// Parameters of S'MoRE on one linear map.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SmoreLayout {
+    /// All parameters, in order of their offsets.
+    pub params: Vec<Param>,
+    /// Total number of elements.
+    pub len: usize,
+    /// First element of the stacked biases `[stack_width]`; the stacked matrix starts at 0.
+    pub stack_bias: usize,
+    /// W_proj `[d_out, d_L]`
+    pub output_proj: usize,
+    /// bias_proj `[d_out]`
+    pub output_bias: usize,
+    /// From here on lies what the pass over tokens reads: up factors, transforms, routers.
+    pub core: usize,
+    /// Offsets of each layer's parameters.
+    pub layers: Vec<LayerLayout>,
+}
+
+/// Offsets of one layer's parameters, counted from [`SmoreLayout::core`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LayerLayout {
+    /// B `[s, d_{l+1}, r]`
+    pub up: usize,
+    /// b `[s, d_{l+1}]`
+    pub up_bias: usize,
+    /// W `[d_{l+1}, d_l]` and its bias `[d_{l+1}]`, absent at the leaves
+    pub transform: Option<(usize, usize)>,
+    /// The router's network, absent in a linear router
+    pub network: Option<NetworkLayout>,
+    /// Keys `[s, key_width]`
+    pub keys: usize,
+    /// W_noise `[s, router_input]` of the noisy gate
+    pub noise: Option<usize>,
+    /// Slope `[1]` of a prelu between layers
+    pub slope: Option<usize>,
+}
+
+/// Offsets of a router's two-layer network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NetworkLayout {
+    /// `[m, router_input]`
+    pub first: usize,
+    /// `[m]`
+    pub first_bias: usize,
+    /// `[m, m]`
+    pub second: usize,
+    /// `[m]`
+    pub second_bias: usize,
+    /// Slope `[1]` of a prelu between the two
+    pub slope: Option<usize>,
+}
+
+/// Hands out offsets one after the other.
+struct Cursor {
+    params: Vec<Param>,
+    next: usize,
+    base: usize,
+}
+
+impl Cursor {
+    fn put(&mut self, name: impl Into<String>, shape: &[usize]) -> usize {
+        let param = Param { name: name.into(), shape: shape.to_vec(), offset: self.next };
+        self.next += param.len();
+        let offset = param.offset - self.base;
+        self.params.push(param);
+        offset
+    }
+}
+
+impl SmoreLayout {
+    /// Lays out the parameters of `spec`.
+    pub fn new(spec: &SmoreSpec) -> Self {
+        let mut at = Cursor { params: Vec::new(), next: 0, base: 0 };
+        // A shared pool is stored once, under the leaves' name.
+        let pools = if spec.shared_pool { 1 } else { spec.depth() };
+        for (l, layer) in spec.layers[..pools].iter().enumerate() {
+            at.put(format!("moe_A.{l}"), &[layer.experts, layer.rank, spec.d_in]);
+        }
+        at.put("moe_downproj_x.weight", &[spec.gate.input_width, spec.d_in]);
+        let stack_bias = at.next;
+        for (l, layer) in spec.layers[..pools].iter().enumerate() {
+            at.put(format!("moe_A_bias.{l}"), &[layer.experts, layer.rank]);
+        }
+        at.put("moe_downproj_x.bias", &[spec.gate.input_width]);
+        let output_proj = at.put("moe_W_final", &[spec.d_out, spec.root_width()]);
+        let output_bias = at.put("moe_W_final_bias", &[spec.d_out]);
+        let core = at.next;
+        at.base = core;
+        let mut layers: Vec<LayerLayout> = Vec::with_capacity(spec.depth());
+        for l in 0..spec.depth() {
+            let pool = if l >= pools { Some((layers[0].up, layers[0].up_bias)) } else { None };
+            layers.push(put_layer(&mut at, spec, l, pool));
+        }
+        Self { len: at.next, params: at.params, stack_bias, output_proj, output_bias, core, layers }
+    }
+
+    /// Number of elements from [`SmoreLayout::core`] on.
+    pub fn core_len(&self) -> usize {
+        self.len - self.core
+    }
+}
+
+fn put_layer(
+    at: &mut Cursor,
+    spec: &SmoreSpec,
+    l: usize,
+    pool: Option<(usize, usize)>,
+) -> LayerLayout {
+    let layer = &spec.layers[l];
+    let (s, width, input) = (layer.experts, layer.width, layer.router_input);
+    let (up, up_bias) = pool.unwrap_or_else(|| {
+        (
+            at.put(format!("moe_B.{l}"), &[s, width, layer.rank]),
+            at.put(format!("moe_B_bias.{l}"), &[s, width]),
+        )
+    });
+    let transform = (l > 0).then(|| {
+        (
+            at.put(format!("moe_W.{l}"), &[width, layer.width_below]),
+            at.put(format!("moe_W_bias.{l}"), &[width]),
+        )
+    });
+    let network = (spec.gate.architecture == RouterArchitecture::Mlp).then(|| {
+        let m = layer.router_width;
+        let prelu = matches!(spec.gate.activation, Activation::Prelu(_));
+        NetworkLayout {
+            first: at.put(format!("moe_gate.{l}.mlp.0.weight"), &[m, input]),
+            first_bias: at.put(format!("moe_gate.{l}.mlp.0.bias"), &[m]),
+            slope: prelu.then(|| at.put(format!("moe_gate.{l}.mlp.1.weight"), &[1])),
+            second: at.put(format!("moe_gate.{l}.mlp.2.weight"), &[m, m]),
+            second_bias: at.put(format!("moe_gate.{l}.mlp.2.bias"), &[m]),
+        }
+    });
+    let keys = at.put(format!("moe_gate.{l}.keys"), &[s, layer.key_width]);
+    let noisy = spec.gate.kind == GateKind::NoisyTopk;
+    let noise = noisy.then(|| at.put(format!("moe_gate.{l}.weight_noise.weight"), &[s, input]));
+    let slope = matches!(spec.activation, Activation::Prelu(_))
+        .then(|| at.put(format!("moe_expert_act_param.{l}"), &[1]));
+    LayerLayout { up, up_bias, transform, network, keys, noise, slope }
+}
+
+/// Parameters of LoRA on one linear map: A `[r, d_in]` at 0, then B `[d_out, r]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoraLayout {
+    /// Both parameters.
+    pub params: Vec<Param>,
+    /// First element of B.
+    pub up: usize,
+    /// Total number of elements.
+    pub len: usize,
+}
+
+impl LoraLayout {
+    /// Lays out the parameters of `spec`.
+    pub fn new(spec: &LoraSpec) -> Self {
+        let mut at = Cursor { params: Vec::new(), next: 0, base: 0 };
+        at.put("lora_A.weight", &[spec.rank, spec.d_in]);
+        let up = at.put("lora_B.weight", &[spec.d_out, spec.rank]);
+        Self { params: at.params, up, len: at.next }
+    }
+}

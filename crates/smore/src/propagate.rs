@@ -1,0 +1,387 @@
+//! Propagation up the tree (paper Eq. 3; biases as in Eq. 32; S'MoRE* as in Eq. 38).
+//!
+//! For a block of tokens, layer by layer from the leaves:
+//!
+//! ```text
+//! u_n = scale_l (B_l^n z_n + b_l^n)                    z = A x + a, from the stacked projection
+//! x_i = sum over children n of alpha_n sigma(u_n + W_l x_n + bias_l)
+//! ```
+//!
+//! u depends on the token and the expert alone, however often the expert stands in the tree, so it
+//! is computed once per pair; each expert multiplies the tokens that chose it together. W_l meets
+//! all nodes of the block in one product.
+
+use crate::config::ActivationPosition;
+use crate::kernel::Core;
+use crate::router::add_to;
+use crate::tree::ResidualTree;
+use smore_engine::Float;
+use smore_engine::cpu::{Strided, StridedMut, dot, gemm, simd};
+
+/// One layer's values for a block, kept for the backward pass.
+pub(crate) struct LayerValues<T> {
+    /// Row of `residuals` that holds u of (token, expert), `[n * s]`; `NONE` where it is not active
+    row_of: Vec<u32>,
+    /// Rows of each expert: `first_row[n]..first_row[n + 1]`
+    first_row: Vec<usize>,
+    /// Token of each row
+    token_of: Vec<u32>,
+    /// z of each row, `[rows, r]`
+    inputs: Vec<T>,
+    /// u of each row, `[rows, d_{l+1}]`
+    residuals: Vec<T>,
+    /// What W_l multiplies: the children's outputs, through sigma where it stands on the child,
+    /// `[n * nodes, d_l]`; empty at the leaves
+    below: Vec<T>,
+    /// Argument of sigma at each node (`all`), or W x + bias (`child`), `[n * nodes, d_{l+1}]`
+    inner: Vec<T>,
+    /// sigma of `inner` for `all`, else empty
+    outer: Vec<T>,
+    /// The layer's output for every parent, `[n * parents, d_{l+1}]`
+    pub(crate) hidden: Vec<T>,
+}
+
+const NONE: u32 = u32::MAX;
+
+/// All layers of a block, leaves first. `z [n, stack_width]`.
+pub(crate) fn forward<T: Float>(
+    core: &Core<T>,
+    n: usize,
+    z: &[T],
+    tree: &ResidualTree<T>,
+) -> Vec<LayerValues<T>> {
+    let mut layers: Vec<LayerValues<T>> = Vec::with_capacity(core.spec.depth());
+    for l in 0..core.spec.depth() {
+        let mut values = active_experts(core, l, n, tree);
+        residuals(core, l, z, &mut values);
+        if let Some(children) = layers.last() {
+            transform_children(core, l, n, &children.hidden, &mut values);
+        }
+        aggregate(core, l, n, tree, &mut values);
+        layers.push(values);
+    }
+    layers
+}
+
+/// Finds the pairs (token, expert) that occur in layer `l` and gives each a row.
+fn active_experts<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    n: usize,
+    tree: &ResidualTree<T>,
+) -> LayerValues<T> {
+    let layer = &core.spec.layers[l];
+    let s = layer.experts;
+    let mut row_of = vec![NONE; n * s];
+    for (node, &expert) in tree.layers[l].expert_idx.iter().enumerate() {
+        row_of[node / layer.nodes * s + usize::from(expert)] = 0;
+    }
+    let mut first_row = Vec::with_capacity(s + 1);
+    let mut token_of = Vec::new();
+    for expert in 0..s {
+        first_row.push(token_of.len());
+        for token in 0..n {
+            let row = &mut row_of[token * s + expert];
+            if *row != NONE {
+                *row = token_of.len() as u32;
+                token_of.push(token as u32);
+            }
+        }
+    }
+    first_row.push(token_of.len());
+    LayerValues {
+        row_of,
+        first_row,
+        token_of,
+        inputs: vec![],
+        residuals: vec![],
+        below: vec![],
+        inner: vec![],
+        outer: vec![],
+        hidden: vec![],
+    }
+}
+
+/// u = scale (B z + b) for every active pair.
+fn residuals<T: Float>(core: &Core<T>, l: usize, z: &[T], values: &mut LayerValues<T>) {
+    let layer = &core.spec.layers[l];
+    let (rank, width, stride) = (layer.rank, layer.width, core.spec.stack_width());
+    let scale = T::from_f64(layer.scale);
+    let rows = values.token_of.len();
+    values.inputs = vec![T::ZERO; rows * rank];
+    values.residuals = vec![T::ZERO; rows * width];
+    for expert in 0..layer.experts {
+        let (first, last) = (values.first_row[expert], values.first_row[expert + 1]);
+        let inputs = &mut values.inputs[first * rank..last * rank];
+        let column = layer.stack_start + expert * rank;
+        for (input, &token) in inputs.chunks_exact_mut(rank).zip(&values.token_of[first..last]) {
+            input.copy_from_slice(&z[token as usize * stride + column..][..rank]);
+        }
+        let out = &mut values.residuals[first * width..last * width];
+        let bias = &core.up_bias(l)[expert * width..(expert + 1) * width];
+        for out in out.chunks_exact_mut(width) {
+            for (o, &b) in out.iter_mut().zip(bias) {
+                *o = scale * b;
+            }
+        }
+        let up = Strided::new(&core.up(l)[expert * width * rank..], width, rank);
+        let target = StridedMut::new(out, last - first, width);
+        gemm(false, scale, Strided::new(inputs, last - first, rank), up.t(), T::ONE, target);
+    }
+}
+
+/// inner = W_l x + bias_l over all nodes, x through sigma where it stands on the child.
+fn transform_children<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    n: usize,
+    children: &[T],
+    values: &mut LayerValues<T>,
+) {
+    let layer = &core.spec.layers[l];
+    let (nodes, width, below) = (n * layer.nodes, layer.width, layer.width_below);
+    values.below = children.to_vec();
+    if core.spec.position != ActivationPosition::All {
+        core.act(l).forward(children, &mut values.below);
+    }
+    let (w, bias) = core.transform(l);
+    values.inner = bias.iter().copied().cycle().take(nodes * width).collect();
+    let target = StridedMut::new(&mut values.inner, nodes, width);
+    let w = Strided::new(w, width, below);
+    gemm(false, T::ONE, Strided::new(&values.below, nodes, below), w.t(), T::ONE, target);
+}
+
+/// The sum over each parent's children.
+fn aggregate<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    n: usize,
+    tree: &ResidualTree<T>,
+    values: &mut LayerValues<T>,
+) {
+    let layer = &core.spec.layers[l];
+    let width = layer.width;
+    values.hidden = vec![T::ZERO; n * layer.parents * width];
+    let all = core.spec.position == ActivationPosition::All;
+    if all {
+        if values.inner.is_empty() {
+            values.inner = vec![T::ZERO; n * layer.nodes * width];
+        }
+        let LayerValues { row_of, residuals, inner, .. } = values;
+        simd(|| {
+            for (node, inner) in inner.chunks_exact_mut(width).enumerate() {
+                add_to(inner, residual(residuals, row_of, core, l, tree, node));
+            }
+        });
+        values.outer = vec![T::ZERO; values.inner.len()];
+        core.act(l).forward(&values.inner, &mut values.outer);
+    }
+    let LayerValues { row_of, residuals, inner, outer, hidden, .. } = values;
+    let weights = &tree.layers[l].gate_weight;
+    // In `child`, what comes from below carries no gate weight.
+    let below_weight = |weight| match core.spec.position {
+        ActivationPosition::Child => T::ONE,
+        _ => weight,
+    };
+    simd(|| {
+        for (node, &weight) in weights.iter().enumerate() {
+            let parent = &mut hidden[node / layer.fanout * width..][..width];
+            if all {
+                axpy(weight, &outer[node * width..][..width], parent);
+                continue;
+            }
+            axpy(weight, residual(residuals, row_of, core, l, tree, node), parent);
+            if l > 0 {
+                axpy(below_weight(weight), &inner[node * width..][..width], parent);
+            }
+        }
+    });
+}
+
+/// u of the expert that stands at `node`.
+#[inline(always)]
+fn residual<'a, T: Float>(
+    residuals: &'a [T],
+    row_of: &[u32],
+    core: &Core<T>,
+    l: usize,
+    tree: &ResidualTree<T>,
+    node: usize,
+) -> &'a [T] {
+    let layer = &core.spec.layers[l];
+    let expert = usize::from(tree.layers[l].expert_idx[node]);
+    let row = row_of[node / layer.nodes * layer.experts + expert] as usize;
+    &residuals[row * layer.width..][..layer.width]
+}
+
+#[inline(always)]
+fn axpy<T: Float>(a: T, x: &[T], y: &mut [T]) {
+    for (y, &x) in y.iter_mut().zip(x) {
+        *y += a * x;
+    }
+}
+
+/// From the slopes by the root `[n, d_L]` to those by z and by every gate weight; up factors,
+/// transforms and prelu slopes are added to `grads`.
+///
+/// Returns one `[n * nodes]` vector of gate weight slopes per layer, leaves first.
+pub(crate) fn backward<T: Float>(
+    core: &Core<T>,
+    n: usize,
+    tree: &ResidualTree<T>,
+    layers: &[LayerValues<T>],
+    droot: &[T],
+    grads: &mut [T],
+    dz: &mut [T],
+) -> Vec<Vec<T>> {
+    let mut dweights = vec![Vec::new(); core.spec.depth()];
+    let mut dhidden = droot.to_vec();
+    for l in (0..core.spec.depth()).rev() {
+        let values = &layers[l];
+        let (dweight, dinner, dresiduals) = split(core, l, n, tree, values, &dhidden, grads);
+        dweights[l] = dweight;
+        residuals_backward(core, l, values, &dresiduals, grads, dz);
+        if l > 0 {
+            dhidden = transform_backward(core, l, n, values, &layers[l - 1], &dinner, grads);
+        }
+    }
+    dweights
+}
+
+/// The backward pass of [`aggregate`]: slopes by gate weights, by `inner` and by the residuals.
+fn split<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    n: usize,
+    tree: &ResidualTree<T>,
+    values: &LayerValues<T>,
+    dhidden: &[T],
+    grads: &mut [T],
+) -> (Vec<T>, Vec<T>, Vec<T>) {
+    let layer = &core.spec.layers[l];
+    let width = layer.width;
+    let position = core.spec.position;
+    let weights = &tree.layers[l].gate_weight;
+    let mut dweight = vec![T::ZERO; n * layer.nodes];
+    let mut dinner = vec![T::ZERO; n * layer.nodes * width];
+    let mut dresiduals = vec![T::ZERO; values.residuals.len()];
+    simd(|| {
+        for (node, dinner) in dinner.chunks_exact_mut(width).enumerate() {
+            let weight = weights[node];
+            let dparent = &dhidden[node / layer.fanout * width..][..width];
+            let inner = values.inner.get(node * width..(node + 1) * width).unwrap_or(&[]);
+            if position == ActivationPosition::All {
+                dweight[node] = dot(dparent, &values.outer[node * width..][..width]);
+                axpy(weight, dparent, dinner);
+                continue;
+            }
+            let u = residual(&values.residuals, &values.row_of, core, l, tree, node);
+            dweight[node] = dot(dparent, u);
+            let du = residual_mut(&mut dresiduals, values, core, l, tree, node);
+            axpy(weight, dparent, du);
+            if l > 0 && position == ActivationPosition::ChildV2 {
+                dweight[node] += dot(dparent, inner);
+                axpy(weight, dparent, dinner);
+            } else if l > 0 {
+                axpy(T::ONE, dparent, dinner);
+            }
+        }
+    });
+    if position == ActivationPosition::All {
+        let dslope = core.act(l).backward(&values.inner, &values.outer, &mut dinner);
+        add_slope(core, l, dslope, grads);
+        simd(|| {
+            for (node, dinner) in dinner.chunks_exact(width).enumerate() {
+                add_to(residual_mut(&mut dresiduals, values, core, l, tree, node), dinner);
+            }
+        });
+    }
+    (dweight, dinner, dresiduals)
+}
+
+fn add_slope<T: Float>(core: &Core<T>, l: usize, dslope: T, grads: &mut [T]) {
+    if let Some(at) = core.layout.layers[l].slope {
+        grads[at] += dslope;
+    }
+}
+
+#[inline(always)]
+fn residual_mut<'a, T: Float>(
+    dresiduals: &'a mut [T],
+    values: &LayerValues<T>,
+    core: &Core<T>,
+    l: usize,
+    tree: &ResidualTree<T>,
+    node: usize,
+) -> &'a mut [T] {
+    let layer = &core.spec.layers[l];
+    let expert = usize::from(tree.layers[l].expert_idx[node]);
+    let row = values.row_of[node / layer.nodes * layer.experts + expert] as usize;
+    &mut dresiduals[row * layer.width..][..layer.width]
+}
+
+/// The backward pass of [`residuals`]; adds to `dz [n, stack_width]`.
+fn residuals_backward<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    values: &LayerValues<T>,
+    dresiduals: &[T],
+    grads: &mut [T],
+    dz: &mut [T],
+) {
+    let layer = &core.spec.layers[l];
+    let (rank, width, stride) = (layer.rank, layer.width, core.spec.stack_width());
+    let scale = T::from_f64(layer.scale);
+    let at = &core.layout.layers[l];
+    let mut dinputs = vec![T::ZERO; values.inputs.len()];
+    for expert in 0..layer.experts {
+        let (first, last) = (values.first_row[expert], values.first_row[expert + 1]);
+        let rows = last - first;
+        let du = Strided::new(&dresiduals[first * width..last * width], rows, width);
+        let dbias = &mut grads[at.up_bias + expert * width..][..width];
+        for du in du.data.chunks_exact(width) {
+            axpy(scale, du, dbias);
+        }
+        let inputs = Strided::new(&values.inputs[first * rank..last * rank], rows, rank);
+        let dup = &mut grads[at.up + expert * width * rank..];
+        gemm(false, scale, du.t(), inputs, T::ONE, StridedMut::new(dup, width, rank));
+        let up = Strided::new(&core.up(l)[expert * width * rank..], width, rank);
+        let dinputs = &mut dinputs[first * rank..last * rank];
+        gemm(false, scale, du, up, T::ZERO, StridedMut::new(dinputs, rows, rank));
+        let column = layer.stack_start + expert * rank;
+        for (d, &token) in dinputs.chunks_exact(rank).zip(&values.token_of[first..last]) {
+            add_to(&mut dz[token as usize * stride + column..][..rank], d);
+        }
+    }
+}
+
+/// The backward pass of [`transform_children`]: slopes by the layer below's output.
+fn transform_backward<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    n: usize,
+    values: &LayerValues<T>,
+    children: &LayerValues<T>,
+    dinner: &[T],
+    grads: &mut [T],
+) -> Vec<T> {
+    let layer = &core.spec.layers[l];
+    let (nodes, width, below) = (n * layer.nodes, layer.width, layer.width_below);
+    if let Some((at, at_bias)) = core.layout.layers[l].transform {
+        for d in dinner.chunks_exact(width) {
+            add_to(&mut grads[at_bias..at_bias + width], d);
+        }
+        let dw = StridedMut::new(&mut grads[at..], width, below);
+        let d = Strided::new(dinner, nodes, width);
+        gemm(false, T::ONE, d.t(), Strided::new(&values.below, nodes, below), T::ONE, dw);
+    }
+    let mut dbelow = vec![T::ZERO; nodes * below];
+    let w = Strided::new(core.transform(l).0, width, below);
+    let target = StridedMut::new(&mut dbelow, nodes, below);
+    gemm(false, T::ONE, Strided::new(dinner, nodes, width), w, T::ZERO, target);
+    if core.spec.position != ActivationPosition::All {
+        let dslope = core.act(l).backward(&children.hidden, &values.below, &mut dbelow);
+        add_slope(core, l, dslope, grads);
+    }
+    dbelow
+}
