@@ -1,0 +1,205 @@
+//! `adapter_config.json`, both ways.
+
+use crate::config::AdapterConfig;
+use serde_json::{Map, Value, json};
+use smore::config::{
+    Activation, GateConfig, LayerConfig, LoraConfig, RouterArchitecture, SmoreConfig,
+};
+use std::path::Path;
+
+type Reading<T> = std::result::Result<T, String>;
+
+/// The file's text: keys sorted, two spaces, as PEFT writes it.
+pub(super) fn to_json(config: &AdapterConfig, base: &Path) -> String {
+    let mut keys = match config {
+        AdapterConfig::Smore(c) => smore_keys(c),
+        AdapterConfig::Lora(c) => lora_keys(c),
+        AdapterConfig::Full(_) => json!({}),
+    };
+    let common = json!({
+        "auto_mapping": null,
+        "base_model_name_or_path": base.to_string_lossy(),
+        "bias": "none",
+        "inference_mode": true,
+        "layers_to_transform": null,
+        "modules_to_save": null,
+        "revision": null,
+        "task_type": "CAUSAL_LM",
+    });
+    if let (Some(keys), Value::Object(common)) = (keys.as_object_mut(), common) {
+        keys.extend(common);
+        keys.sort_keys();
+    }
+    format!("{keys:#}\n")
+}
+
+fn lora_keys(c: &LoraConfig) -> Value {
+    json!({
+        "alpha_pattern": {},
+        "fan_in_fan_out": false,
+        "init_lora_weights": true,
+        "layer_replication": null,
+        "layers_pattern": null,
+        "lora_alpha": number(c.alpha.unwrap_or(2.0 * c.rank as f64)),
+        "lora_dropout": 0.0,
+        "megatron_config": null,
+        "megatron_core": "megatron.core",
+        "peft_type": "LORA",
+        "r": c.rank,
+        "rank_pattern": {},
+        "target_modules": c.targets,
+        "use_dora": false,
+        "use_rslora": false,
+    })
+}
+
+/// Whole numbers without a decimal point, as PEFT's users write alpha.
+fn number(x: f64) -> Value {
+    if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
+}
+
+fn smore_keys(c: &SmoreConfig) -> Value {
+    let each = |f: fn(&LayerConfig) -> usize| c.layers.iter().map(f).collect::<Vec<_>>();
+    let scaled = c.layers.iter().any(|l| l.lora_alpha.is_some());
+    // The authors' list is all or nothing; a layer without alpha has scale 1, that is alpha = r.
+    let alphas: Vec<Value> = c
+        .layers
+        .iter()
+        .map(|l| number(l.lora_alpha.unwrap_or(l.rank as f64)))
+        .collect();
+    json!({
+        "activation_position": c.activation_position,
+        "balance_loss_weight": c.gate.balance_weight,
+        "dim_downproj_x": c.gate.router_input_width,
+        "exclude_modules": null,
+        "expert_act_fn": c.activation,
+        "expert_dims": each(|l| l.rank),
+        "gate_act_fn": c.gate.activation,
+        "gate_arch": c.gate.architecture,
+        "gate_dims": vec![c.gate.router_width; c.layers.len()],
+        "gate_type": c.gate.kind,
+        "init_method": c.init,
+        "init_moe_weights": true,
+        "is_shared_expert_pool": c.shared_pool,
+        "layer_forward_mode": "subgraph",
+        "lora_alpha": if scaled { json!(alphas) } else { Value::Null },
+        "lora_scaling": null,
+        "moe_arch": "smore",
+        "moe_dropout": 0.0,
+        "num_active": each(|l| l.fanout),
+        "num_experts": each(|l| l.experts),
+        "peft_type": "HIER_MOE",
+        "target_modules": c.targets,
+    })
+}
+
+/// The adapter that the file describes, and the router width of every layer of S'MoRE.
+pub(super) fn from_json(text: &str) -> Reading<(AdapterConfig, Vec<usize>)> {
+    let json: Value = serde_json::from_str(text).map_err(|e| format!("not valid JSON: {e}"))?;
+    let keys = json.as_object().ok_or("not a JSON object")?;
+    match keys.get("peft_type").and_then(Value::as_str) {
+        Some("LORA") => Ok((AdapterConfig::Lora(lora(keys)?), vec![])),
+        Some("HIER_MOE") => {
+            let (config, widths) = hier_moe(keys)?;
+            Ok((AdapterConfig::Smore(config), widths))
+        }
+        Some(other) => Err(format!("peft_type is `{other}`; expected LORA or HIER_MOE")),
+        None => Err("no `peft_type`; is this an adapter's folder?".into()),
+    }
+}
+
+fn read<T: serde::de::DeserializeOwned>(keys: &Map<String, Value>, key: &str) -> Reading<T> {
+    let value = keys.get(key).ok_or_else(|| format!("no key `{key}`"))?;
+    serde_json::from_value(value.clone()).map_err(|e| format!("{key} is {value}: {e}"))
+}
+
+/// Refuses settings that would change the function and that we do not compute.
+fn refuse(keys: &Map<String, Value>, unsupported: &[&str]) -> Reading<()> {
+    for &key in unsupported {
+        let on = match keys.get(key) {
+            None | Some(Value::Null | Value::Bool(false)) => false,
+            Some(Value::Object(o)) => !o.is_empty(),
+            Some(Value::Array(a)) => !a.is_empty(),
+            Some(Value::String(s)) => key == "bias" && s != "none",
+            Some(_) => true,
+        };
+        if on {
+            return Err(format!("{key} is {}, which is not supported", keys[key]));
+        }
+    }
+    Ok(())
+}
+
+fn targets(keys: &Map<String, Value>) -> Reading<Vec<String>> {
+    match keys.get("target_modules") {
+        Some(Value::String(s)) if s == "all-linear" => {
+            Ok(crate::model::spec::Proj::ALL.map(|p| p.name().to_owned()).to_vec())
+        }
+        Some(Value::String(s)) => {
+            Err(format!("target_modules is the pattern `{s}`; expected a list of names"))
+        }
+        _ => read(keys, "target_modules"),
+    }
+}
+
+fn lora(keys: &Map<String, Value>) -> Reading<LoraConfig> {
+    refuse(
+        keys,
+        &[
+            "use_dora",
+            "use_rslora",
+            "rank_pattern",
+            "alpha_pattern",
+            "modules_to_save",
+            "layers_to_transform",
+            "layer_replication",
+            "fan_in_fan_out",
+            "bias",
+        ],
+    )?;
+    let alpha = read(keys, "lora_alpha")?;
+    Ok(LoraConfig { targets: targets(keys)?, rank: read(keys, "r")?, alpha: Some(alpha) })
+}
+
+fn hier_moe(keys: &Map<String, Value>) -> Reading<(SmoreConfig, Vec<usize>)> {
+    refuse(keys, &["modules_to_save", "layers_to_transform", "bias"])?;
+    let list = |key: &str| read::<Vec<usize>>(keys, key);
+    let (experts, fanouts, ranks) =
+        (list("num_experts")?, list("num_active")?, list("expert_dims")?);
+    if experts.len() != fanouts.len() || experts.len() != ranks.len() {
+        return Err("num_experts, num_active and expert_dims have different lengths".into());
+    }
+    let mut widths = list("gate_dims")?;
+    if let ([width], depth) = (widths.as_slice(), experts.len()) {
+        widths = vec![*width; depth];
+    }
+    let alphas: Option<Vec<Option<f64>>> = read(keys, "lora_alpha").unwrap_or(None);
+    let layers = (0..experts.len())
+        .map(|l| LayerConfig {
+            experts: experts[l],
+            fanout: fanouts[l],
+            rank: ranks[l],
+            lora_alpha: alphas.as_ref().and_then(|a| a.get(l).copied().flatten()),
+        })
+        .collect();
+    let architecture: RouterArchitecture = read(keys, "gate_arch")?;
+    let activation: Activation = read(keys, "expert_act_fn")?;
+    let gate = GateConfig {
+        kind: read(keys, "gate_type")?,
+        architecture,
+        balance_weight: read(keys, "balance_loss_weight")?,
+        router_width: widths.first().copied().unwrap_or(1),
+        router_input_width: read::<i64>(keys, "dim_downproj_x")?.max(0) as usize,
+        activation: read(keys, "gate_act_fn")?,
+    };
+    let config = SmoreConfig {
+        targets: targets(keys)?,
+        layers,
+        gate,
+        activation,
+        activation_position: read(keys, "activation_position")?,
+        shared_pool: read(keys, "is_shared_expert_pool")?,
+        init: read(keys, "init_method")?,
+    };
+    Ok((config, widths))
+}

@@ -1,0 +1,312 @@
+//! The decoder: one forward pass for training, evaluation and generation, and its backward pass.
+//!
+//! [`spec`] says what a decoder is, [`folder`] opens one on disk, [`weights`] holds its tensors,
+//! frozen or trained, [`block`] computes a transformer block both ways, and this module strings
+//! the blocks together.
+
+pub mod block;
+pub mod folder;
+pub mod spec;
+pub mod weights;
+
+use crate::inject::Adapters;
+use block::{BlockSaved, KvCache};
+use folder::ModelFolder;
+use smore::adapter::{Mode, NoiseKey};
+use smore::kernel::{AdapterKernels, Routing};
+use smore_engine::{AttentionShape, Float, Span, View, ViewMut};
+use spec::{DecoderSpec, Proj};
+use weights::Weights;
+
+/// A decoder on a device, with the adapters on it and the values of everything trained.
+pub struct Model<D: AdapterKernels> {
+    /// The machine.
+    pub device: D,
+    /// The decoder's shape.
+    pub spec: DecoderSpec,
+    /// Its tensors.
+    pub weights: Weights<D>,
+    /// The adapters on its linear maps.
+    pub adapters: Adapters,
+    /// Values of all trained parameters, in one buffer.
+    pub params: D::Buf,
+    /// Rotary table for `context` positions.
+    rope: D::Buf,
+    /// Longest sequence this model can be given.
+    pub context: usize,
+}
+
+/// Sequences laid one after the other, without padding.
+#[derive(Clone, Debug, Default)]
+pub struct Batch {
+    /// All tokens.
+    pub ids: Vec<u32>,
+    /// Position of each token in its sequence.
+    pub positions: Vec<u32>,
+    /// First token and length of each sequence.
+    pub sequences: Vec<(usize, usize)>,
+    /// (row, token that is to be predicted there).
+    pub targets: Vec<(u32, u32)>,
+}
+
+impl Batch {
+    /// Adds a sequence; `trained[i]` makes token i a target, predicted from token i - 1.
+    pub fn push(&mut self, ids: &[u32], trained: &[bool]) {
+        let start = self.ids.len();
+        self.ids.extend_from_slice(ids);
+        self.positions.extend(0..ids.len() as u32);
+        self.sequences.push((start, ids.len()));
+        for i in 1..ids.len() {
+            if trained[i] {
+                self.targets.push(((start + i - 1) as u32, ids[i]));
+            }
+        }
+    }
+}
+
+/// Numbers that enter a training step's gradients.
+#[derive(Clone, Copy, Debug)]
+pub struct Scales {
+    /// Factor on the summed cross-entropy: 1 / trained tokens of the accumulation window.
+    pub loss: f64,
+    /// Factor on the balance losses of this micro-batch.
+    pub balance: f64,
+}
+
+/// What a training step says besides its gradients.
+pub struct StepOutput<T> {
+    /// -ln p of every target.
+    pub losses: Vec<f64>,
+    /// Sum of all balance losses, not scaled.
+    pub balance_loss: f64,
+    /// Routing of every adapted linear map, in the order of the adapters; `None` for LoRA.
+    pub routing: Vec<Option<Routing<T>>>,
+}
+
+impl<D: AdapterKernels> Model<D> {
+    /// A frozen decoder with adapters on it, or a trained one without.
+    ///
+    /// `params` are the starting values of everything trained.
+    pub fn new(
+        device: D,
+        folder: &ModelFolder,
+        adapters: Adapters,
+        params: &[f32],
+        context: usize,
+    ) -> Self {
+        let weights = Weights::frozen(&device, folder);
+        Self::assemble(device, folder.spec.clone(), weights, adapters, params, context)
+    }
+
+    /// A decoder all of whose parameters are trained.
+    pub fn full(device: D, spec: DecoderSpec, params: &[f32], context: usize) -> Self {
+        let weights = Weights::trained(&spec);
+        let adapters = Adapters::none(&spec);
+        Self::assemble(device, spec, weights, adapters, params, context)
+    }
+
+    fn assemble(
+        device: D,
+        spec: DecoderSpec,
+        weights: Weights<D>,
+        adapters: Adapters,
+        params: &[f32],
+        context: usize,
+    ) -> Self {
+        let values: Vec<D::Elem> = params.iter().map(|&x| D::Elem::from_f32(x)).collect();
+        let table = spec.rope.table(context, spec.head_dim);
+        let table: Vec<D::Elem> = table.iter().map(|&x| D::Elem::from_f64(x)).collect();
+        let (params, rope) = (device.upload(&values), device.upload(&table));
+        Self { device, spec, weights, adapters, params, rope, context }
+    }
+
+    /// Number of trained parameters.
+    pub fn trained(&self) -> usize {
+        self.device.len(&self.params)
+    }
+
+    /// All trained values.
+    pub fn params_view(&self) -> View<'_, D> {
+        View::new(&self.params, self.trained())
+    }
+
+    fn rope_view(&self) -> View<'_, D> {
+        View::new(&self.rope, self.context * self.spec.head_dim)
+    }
+
+    /// Attention over whole sequences.
+    fn attention_shape(&self, batch: &Batch) -> AttentionShape {
+        let spans = batch.sequences.iter().map(|&(start, len)| Span {
+            q_start: start,
+            q_len: len,
+            k_start: start,
+            k_len: len,
+        });
+        self.shape_of(spans.collect())
+    }
+
+    fn shape_of(&self, spans: Vec<Span>) -> AttentionShape {
+        AttentionShape {
+            heads: self.spec.heads,
+            kv_heads: self.spec.kv_heads,
+            head_dim: self.spec.head_dim,
+            scale: 1.0 / (self.spec.head_dim as f64).sqrt(),
+            spans,
+        }
+    }
+
+    fn embed(&self, ids: &[u32]) -> D::Buf {
+        let mut x = self.device.zeros(ids.len() * self.spec.hidden);
+        let target = ViewMut::new(&mut x, ids.len() * self.spec.hidden);
+        self.device.embedding(ids, self.weights.embed(self), target);
+        x
+    }
+
+    /// The last block's output through the final norm, and the norm's inverse roots.
+    fn final_norm(&self, x: &D::Buf, n: usize) -> (D::Buf, D::Buf) {
+        let width = n * self.spec.hidden;
+        let (mut h, mut inv) = (self.device.zeros(width), self.device.zeros(n));
+        self.device.rms_norm(
+            View::new(x, width),
+            self.weights.norm(self),
+            self.spec.rms_eps,
+            ViewMut::new(&mut h, width),
+            ViewMut::new(&mut inv, n),
+        );
+        (h, inv)
+    }
+
+    /// The lowest block that has something to train; the number of blocks where none has.
+    fn lowest_trained(&self) -> usize {
+        if self.weights.is_trained() { 0 } else { self.adapters.lowest_block() }
+    }
+
+    /// -ln p of every target, without gradients.
+    pub fn losses(&self, batch: &Batch) -> Vec<f64> {
+        let n = batch.ids.len();
+        let shape = self.attention_shape(batch);
+        let mut x = self.embed(&batch.ids);
+        let mode = Mode { valid: None, noise: None };
+        for b in 0..self.spec.blocks {
+            self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
+        }
+        let (h, _) = self.final_norm(&x, n);
+        let h = View::new(&h, n * self.spec.hidden);
+        self.device.cross_entropy(h, &batch.targets, self.weights.head(self), 1.0, None, None)
+    }
+
+    /// Losses of a batch; adds the gradients of `scales.loss * sum + scales.balance * balance` to
+    /// `grads`, laid out like the parameters.
+    pub fn step(
+        &self,
+        batch: &Batch,
+        scales: Scales,
+        noise: Option<NoiseKey>,
+        grads: &mut D::Buf,
+    ) -> StepOutput<D::Elem> {
+        let (n, hidden) = (batch.ids.len(), self.spec.hidden);
+        let shape = self.attention_shape(batch);
+        let mode = Mode { valid: None, noise };
+        let lowest = self.lowest_trained();
+        let mut x = self.embed(&batch.ids);
+        let mut saved: Vec<BlockSaved<D>> = Vec::new();
+        for b in 0..self.spec.blocks {
+            let keep = b >= lowest;
+            saved.extend(self.block_forward(b, &mut x, &shape, &batch.positions, mode, keep));
+        }
+        let (h, inv) = self.final_norm(&x, n);
+        let mut dh = self.device.zeros(n * hidden);
+        let total = self.device.len(grads);
+        let losses = self.device.cross_entropy(
+            View::new(&h, n * hidden),
+            &batch.targets,
+            self.weights.head(self),
+            scales.loss,
+            Some(ViewMut::new(&mut dh, n * hidden)),
+            self.weights.head_grad(ViewMut::new(grads, total)),
+        );
+        let mut dx = self.device.zeros(n * hidden);
+        self.device.rms_norm_backward(
+            View::new(&x, n * hidden),
+            self.weights.norm(self),
+            View::new(&inv, n),
+            View::new(&dh, n * hidden),
+            ViewMut::new(&mut dx, n * hidden),
+            self.weights.norm_grad(ViewMut::new(grads, total)),
+        );
+        drop((h, x, dh));
+        let mut routing = Vec::new();
+        for b in (lowest..self.spec.blocks).rev() {
+            if let Some(saved) = saved.pop() {
+                self.block_backward(b, &saved, &mut dx, &shape, &batch.positions, mode, scales, grads);
+                routing.extend(saved.into_routing().into_iter().rev());
+            }
+        }
+        routing.reverse();
+        if let Some(dembed) = self.weights.embed_grad(ViewMut::new(grads, total)) {
+            self.device.embedding_backward(&batch.ids, View::new(&dx, n * hidden), dembed);
+        }
+        let balances = routing.iter().flatten().flat_map(|r: &Routing<_>| &r.balance_losses);
+        StepOutput { losses, balance_loss: balances.sum(), routing }
+    }
+
+    /// Hidden states after the embedding and after every block, and the logits of every token.
+    pub fn states_and_logits(&self, batch: &Batch) -> (Vec<Vec<D::Elem>>, Vec<D::Elem>) {
+        let (n, width) = (batch.ids.len(), batch.ids.len() * self.spec.hidden);
+        let shape = self.attention_shape(batch);
+        let mut x = self.embed(&batch.ids);
+        let mut states = vec![self.device.download(View::new(&x, width))];
+        let mode = Mode { valid: None, noise: None };
+        for b in 0..self.spec.blocks {
+            self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
+            states.push(self.device.download(View::new(&x, width)));
+        }
+        let logits = self.logits_of(&x, n);
+        (states, logits)
+    }
+
+    /// Logits `[n, vocabulary]` of the last block's output.
+    fn logits_of(&self, x: &D::Buf, n: usize) -> Vec<D::Elem> {
+        let (h, _) = self.final_norm(x, n);
+        let len = n * self.spec.vocabulary;
+        let mut logits = self.device.zeros(len);
+        let h = View::new(&h, n * self.spec.hidden);
+        self.device.linear(h, self.weights.head(self), ViewMut::new(&mut logits, len), n, false);
+        self.device.download(View::new(&logits, len))
+    }
+
+    /// Runs `ids` behind what the cache holds and returns the logits after the last of them.
+    ///
+    /// # Panics
+    /// If the sequence grows beyond the model's context: callers stop before.
+    pub fn extend(&self, ids: &[u32], cache: &mut KvCache<D>) -> Vec<D::Elem> {
+        let (n, start) = (ids.len(), cache.len());
+        assert!(n > 0 && start + n <= self.context, "sequence of {} tokens", start + n);
+        let positions: Vec<u32> = (start as u32..(start + n) as u32).collect();
+        let span = Span { q_start: 0, q_len: n, k_start: 0, k_len: start + n };
+        let shape = self.shape_of(vec![span]);
+        let mut x = self.embed(ids);
+        let mode = Mode { valid: None, noise: None };
+        for b in 0..self.spec.blocks {
+            self.block_extend(b, &mut x, &shape, &positions, mode, cache);
+        }
+        cache.grow(n);
+        let hidden = self.spec.hidden;
+        let mut last = self.device.zeros(hidden);
+        let row = View::new(&x, n * hidden).at((n - 1) * hidden..n * hidden);
+        self.device.add(row, ViewMut::new(&mut last, hidden));
+        self.logits_of(&last, 1)
+    }
+
+    /// An empty cache for this model's context.
+    pub fn cache(&self) -> KvCache<D> {
+        let width = self.spec.kv_heads * self.spec.head_dim;
+        KvCache::new(&self.device, self.spec.blocks, self.context, width)
+    }
+
+    /// Inputs and outputs of a linear map.
+    fn widths(&self, proj: Proj) -> (usize, usize) {
+        let (d_out, d_in) = self.spec.shape(proj);
+        (d_in, d_out)
+    }
+}
