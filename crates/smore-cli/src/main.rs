@@ -1,1 +1,47 @@
-fn main() {}
+//! The program `smore`: one file per command; all printing happens here.
+
+// A program's output is its interface.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod generate;
+mod progress;
+mod table;
+mod train;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Fine-tune frozen Hugging Face models with S'MoRE, a structural mixture of residual experts.
+#[derive(Parser)]
+#[command(name = "smore", version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train an adapter (or a whole model) as a YAML file says
+    Train(train::Args),
+    /// Continue a prompt with a model and, if given, an adapter
+    Generate(generate::Args),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Command::Train(args) => train::run(&args),
+        Command::Generate(args) => generate::run(&args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+/// 1: the run failed; 2: bad arguments, config, data or folders.
+fn exit_code(error: &anyhow::Error) -> u8 {
+    error.downcast_ref::<smore_tune::error::Error>().map_or(1, smore_tune::error::Error::exit_code)
+}

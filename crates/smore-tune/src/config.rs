@@ -1,1 +1,382 @@
-//! (being written)
+//! A run's configuration: the YAML that `smore train` takes.
+//!
+//! Training keys carry LLaMA-Factory's names where the meaning is the same. A key that is not
+//! known is an error at every level. Relative paths are taken from the current directory.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+use smore::config::{LoraConfig, SmoreConfig};
+
+use crate::error::{Error, Result};
+
+mod yaml;
+
+/// One training run, as the user wrote it and with the defaults filled in.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct RunConfig {
+    /// Folder of the base model in Hugging Face layout.
+    pub model: PathBuf,
+    /// What is trained.
+    pub adapter: AdapterConfig,
+    /// What it is trained on.
+    pub data: DataConfig,
+    /// How it is trained.
+    pub train: TrainConfig,
+    /// The run folder to write.
+    pub output_dir: PathBuf,
+}
+
+/// What is trained, chosen by `kind`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum AdapterConfig {
+    /// A S'MoRE adapter on the frozen base.
+    Smore(SmoreConfig),
+    /// A plain LoRA on the frozen base.
+    Lora(LoraConfig),
+    /// Every parameter of the base, and no adapter.
+    Full(FullConfig),
+}
+
+/// Training of the base itself (`kind: full`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FullConfig {
+    /// Draw the weights anew instead of reading them: pre-training. The folder then needs only
+    /// `config.json` and the tokenizer.
+    pub from_scratch: bool,
+}
+
+/// The `data:` section.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// Files to train on, in this order.
+    pub train: Vec<SourceConfig>,
+    /// Where the held-out samples come from.
+    #[serde(default)]
+    pub validation: ValidationConfig,
+    /// At most this many records of all training files together, picked by the seed.
+    #[serde(default)]
+    pub max_samples: Option<usize>,
+    /// Longest sample in tokens; what is beyond is cut from the end.
+    #[serde(default = "default_cutoff_len")]
+    pub cutoff_len: usize,
+}
+
+/// One data file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceConfig {
+    /// A `.json`, `.jsonl` or `.txt` file.
+    pub path: PathBuf,
+    /// Its format; detected from the first record where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+}
+
+/// How the records of a data file are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// `{instruction, output, input?, system?, history?}`
+    Alpaca,
+    /// `{messages: [{role, content}]}`
+    Messages,
+    /// `{prompt, completion}`, each a string or a list of messages.
+    PromptCompletion,
+    /// `{text}`, or a whole `.txt` file: continued language modelling.
+    Text,
+}
+
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Alpaca => "alpaca",
+            Self::Messages => "messages",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Text => "text",
+        })
+    }
+}
+
+/// Where the held-out samples come from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ValidationConfig {
+    /// Share of the training records to hold out; not used where `path` is given.
+    pub fraction: f64,
+    /// A file of held-out samples; wins over `fraction`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Format of that file; detected where absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+}
+
+impl Default for ValidationConfig {
+    fn default() -> Self {
+        Self {
+            fraction: 0.1,
+            path: None,
+            format: None,
+        }
+    }
+}
+
+/// The `train:` section.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct TrainConfig {
+    /// Highest learning rate of the schedule.
+    pub learning_rate: f64,
+    /// Passes over the training samples; may be a fraction.
+    pub num_train_epochs: f64,
+    /// Optimizer steps; wins over `num_train_epochs`.
+    pub max_steps: Option<usize>,
+    /// Samples in one forward pass.
+    pub per_device_train_batch_size: usize,
+    /// Forward passes per optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// How the learning rate falls after the warm-up.
+    pub lr_scheduler_type: LrScheduler,
+    /// Share of the steps in which the learning rate rises from zero.
+    pub warmup_ratio: f64,
+    /// Gradients with a larger norm are scaled down to it; 0 never clips.
+    pub max_grad_norm: f64,
+    /// Steps between checkpoints; 0 saves at the end only.
+    pub save_steps: usize,
+    /// Steps between evaluations; 0 evaluates at the end only.
+    pub eval_steps: usize,
+    /// Seed of every random draw of the run.
+    pub seed: u64,
+    /// Decoupled weight decay of AdamW.
+    pub weight_decay: f64,
+    /// Decay of AdamW's first moment.
+    pub adam_beta1: f64,
+    /// Decay of AdamW's second moment.
+    pub adam_beta2: f64,
+    /// Added to AdamW's denominator.
+    pub adam_epsilon: f64,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 1e-4,
+            num_train_epochs: 2.0,
+            max_steps: None,
+            per_device_train_batch_size: 1,
+            gradient_accumulation_steps: 8,
+            lr_scheduler_type: LrScheduler::Cosine,
+            warmup_ratio: 0.1,
+            max_grad_norm: 1.0,
+            save_steps: 500,
+            eval_steps: 50,
+            seed: 42,
+            weight_decay: 0.0,
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+        }
+    }
+}
+
+/// How the learning rate falls after the warm-up.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LrScheduler {
+    /// Half a cosine down to zero.
+    #[default]
+    Cosine,
+    /// A straight line down to zero.
+    Linear,
+    /// Not at all.
+    Constant,
+}
+
+fn default_cutoff_len() -> usize {
+    2048
+}
+
+impl RunConfig {
+    /// Reads, parses and validates the file at `path`.
+    pub fn load(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::InvalidData => {
+                config_error(&path.display().to_string(), "not UTF-8 text; expected YAML")
+            }
+            _ => Error::reading(path, "a run configuration in YAML", source),
+        })?;
+        Self::parse(&text, &path.display().to_string())
+    }
+
+    /// Parses and validates `text`; `name` stands for the file in messages.
+    pub fn parse(text: &str, name: &str) -> Result<Self> {
+        let config = yaml::parse(text, name)?;
+        config
+            .validate()
+            .map_err(|message| config_error(name, message))?;
+        Ok(config)
+    }
+
+    /// The configuration as YAML, every default written out; [`RunConfig::parse`] reads it back.
+    pub fn to_yaml(&self) -> Result<String> {
+        serde_saphyr::to_string(self)
+            .map_err(|error| Error::Run(format!("cannot write the configuration as YAML: {error}")))
+    }
+
+    /// Checks what the types cannot say. The adapter's numbers are checked by `smore` itself.
+    fn validate(&self) -> std::result::Result<(), String> {
+        for (key, path) in [("model", &self.model), ("output_dir", &self.output_dir)] {
+            check(!path.as_os_str().is_empty(), key, "empty", "a path")?;
+        }
+        self.data.validate()?;
+        self.train.validate()
+    }
+}
+
+impl DataConfig {
+    fn validate(&self) -> std::result::Result<(), String> {
+        check(
+            !self.train.is_empty(),
+            "data.train",
+            "empty",
+            "at least one {path: FILE}",
+        )?;
+        let fraction = self.validation.fraction;
+        check(
+            (0.0..1.0).contains(&fraction),
+            "data.validation.fraction",
+            fraction,
+            "a number from 0 to below 1",
+        )?;
+        if self.validation.format.is_some() && self.validation.path.is_none() {
+            return Err(
+                "data.validation.format is given without data.validation.path; \
+                        expected both or neither"
+                    .into(),
+            );
+        }
+        if let Some(n) = self.max_samples {
+            check(
+                n > 0,
+                "data.max_samples",
+                n,
+                "at least 1, or null for no limit",
+            )?;
+        }
+        check(
+            self.cutoff_len >= 2,
+            "data.cutoff_len",
+            self.cutoff_len,
+            "at least 2 tokens",
+        )
+    }
+}
+
+impl TrainConfig {
+    fn validate(&self) -> std::result::Result<(), String> {
+        type Fits = fn(f64) -> bool;
+        let positive: Fits = |v| v > 0.0 && v.is_finite();
+        let not_negative: Fits = |v| v >= 0.0 && v.is_finite();
+        let below_one: Fits = |v| (0.0..1.0).contains(&v);
+        let share: Fits = |v| (0.0..=1.0).contains(&v);
+        let reals: [(&str, f64, Fits, &str); 8] = [
+            (
+                "learning_rate",
+                self.learning_rate,
+                positive,
+                "a positive number",
+            ),
+            (
+                "num_train_epochs",
+                self.num_train_epochs,
+                positive,
+                "a positive number",
+            ),
+            (
+                "warmup_ratio",
+                self.warmup_ratio,
+                share,
+                "a number from 0 to 1",
+            ),
+            (
+                "max_grad_norm",
+                self.max_grad_norm,
+                not_negative,
+                "a number from 0 up",
+            ),
+            (
+                "weight_decay",
+                self.weight_decay,
+                not_negative,
+                "a number from 0 up",
+            ),
+            (
+                "adam_beta1",
+                self.adam_beta1,
+                below_one,
+                "a number from 0 to below 1",
+            ),
+            (
+                "adam_beta2",
+                self.adam_beta2,
+                below_one,
+                "a number from 0 to below 1",
+            ),
+            (
+                "adam_epsilon",
+                self.adam_epsilon,
+                positive,
+                "a positive number",
+            ),
+        ];
+        for (key, value, fits, expected) in reals {
+            check(fits(value), &format!("train.{key}"), value, expected)?;
+        }
+        let counts = [
+            ("max_steps", self.max_steps.unwrap_or(1)),
+            (
+                "per_device_train_batch_size",
+                self.per_device_train_batch_size,
+            ),
+            (
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps,
+            ),
+        ];
+        for (key, value) in counts {
+            check(value > 0, &format!("train.{key}"), value, "at least 1")?;
+        }
+        Ok(())
+    }
+}
+
+/// `Err("KEY is GOT; expected EXPECTED")` unless `holds`.
+fn check(
+    holds: bool,
+    key: &str,
+    got: impl fmt::Display,
+    expected: &str,
+) -> std::result::Result<(), String> {
+    if holds {
+        Ok(())
+    } else {
+        Err(format!("{key} is {got}; expected {expected}"))
+    }
+}
+
+fn config_error(file: &str, message: impl Into<String>) -> Error {
+    Error::Config {
+        file: file.to_owned(),
+        message: message.into(),
+    }
+}
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

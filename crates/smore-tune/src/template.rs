@@ -1,1 +1,395 @@
-//! (being written)
+//! Chat templates: how a conversation becomes one text, and which of its bytes are trained.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::ops::Range;
+use std::path::Path;
+
+use minijinja::{Environment, ErrorKind, Value as Jinja, context};
+
+use crate::error::{Error, Result};
+use crate::tokenizer::{Tokenizer, read_json};
+
+mod jinja;
+
+/// Put around each answer to find it again in the rendered text. Noncharacters: no text that is
+/// meant to be read contains them, and no template trims them as space.
+const ANSWER_START: char = '\u{FDD0}';
+const ANSWER_END: char = '\u{FDD1}';
+/// Put around what a template itself marks with `{% generation %}`.
+const TRAINED_START: char = '\u{FDD2}';
+const TRAINED_END: char = '\u{FDD3}';
+const MARKS: [char; 4] = [ANSWER_START, ANSWER_END, TRAINED_START, TRAINED_END];
+
+/// The role whose messages are answers.
+pub const ASSISTANT: &str = "assistant";
+
+/// One message of a conversation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// `system`, `user`, `assistant`, or another role that the template knows.
+    pub role: String,
+    /// Its text.
+    pub content: String,
+}
+
+impl Message {
+    /// A message of `role`.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self {
+            role: role.into(),
+            content: content.into(),
+        }
+    }
+
+    /// Whether the assistant says it.
+    pub fn is_answer(&self) -> bool {
+        self.role == ASSISTANT
+    }
+}
+
+/// Turns conversations into text, as the model was trained to read them.
+#[derive(Clone, Debug)]
+pub struct Template {
+    kind: Kind,
+    bos_token: String,
+    eos_token: String,
+}
+
+#[derive(Clone, Debug)]
+enum Kind {
+    Plain,
+    Jinja(Box<JinjaTemplate>),
+}
+
+#[derive(Clone, Debug)]
+struct JinjaTemplate {
+    name: String,
+    environment: Environment<'static>,
+    /// Whether the template says itself what is trained.
+    marks_answers: bool,
+    added_tokens: BTreeSet<String>,
+}
+
+impl Template {
+    /// The template of the model in `model_dir`: `chat_template.jinja` if there is one, else
+    /// `chat_template` of `tokenizer_config.json` (a list gives its entry `default`), else
+    /// [`Template::plain`].
+    pub fn open(model_dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
+        let file = model_dir.join("chat_template.jinja");
+        match fs::read_to_string(&file) {
+            Ok(source) => {
+                return Self::from_source(&file.display().to_string(), &source, tokenizer);
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(source) => return Err(Error::Io { path: file, source }),
+        }
+        let file = model_dir.join("tokenizer_config.json");
+        let name = file.display().to_string();
+        let notes = read_json(&file)?;
+        let chat_template = &notes["chat_template"];
+        if chat_template.is_null() {
+            return Ok(Self::plain(tokenizer));
+        }
+        if let Some(source) = chat_template.as_str() {
+            return Self::from_source(&name, source, tokenizer);
+        }
+        let named = chat_template.as_array().into_iter().flatten();
+        let default = named
+            .filter(|entry| entry["name"] == "default")
+            .find_map(|entry| entry["template"].as_str());
+        match default {
+            Some(source) => Self::from_source(&name, source, tokenizer),
+            None => Err(Error::Template {
+                name,
+                message: "chat_template is neither a string nor a list with an entry named \
+                          `default`; put the template to use into chat_template.jinja"
+                    .into(),
+            }),
+        }
+    }
+
+    /// The form for base models without a chat template: every message that is not an answer is
+    /// its text and a line break; an answer is its text and EOS, with a line break after it if
+    /// more follows.
+    pub fn plain(tokenizer: &Tokenizer) -> Self {
+        Self::with(Kind::Plain, tokenizer)
+    }
+
+    /// A template given as Jinja source; `name` stands for its file in messages.
+    pub fn from_source(name: &str, source: &str, tokenizer: &Tokenizer) -> Result<Self> {
+        let (source, marks_answers) = jinja::generation_as_filter(source);
+        let mut environment = jinja::environment();
+        environment
+            .add_template_owned("chat", source)
+            .map_err(|e| template_error(name, &e))?;
+        let kind = Kind::Jinja(Box::new(JinjaTemplate {
+            name: name.to_owned(),
+            environment,
+            marks_answers,
+            added_tokens: tokenizer.added_tokens(),
+        }));
+        Ok(Self::with(kind, tokenizer))
+    }
+
+    fn with(kind: Kind, tokenizer: &Tokenizer) -> Self {
+        Self {
+            kind,
+            bos_token: tokenizer.bos_token().unwrap_or_default().to_owned(),
+            eos_token: tokenizer.eos_token().unwrap_or_default().to_owned(),
+        }
+    }
+
+    /// Whether this is the plain form.
+    pub fn is_plain(&self) -> bool {
+        matches!(self.kind, Kind::Plain)
+    }
+
+    /// The conversation as one text; with `add_generation_prompt`, what opens an answer is put at
+    /// the end.
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let text = match &self.kind {
+            Kind::Plain => self.render_plain(messages).0,
+            Kind::Jinja(jinja) => self.render_jinja(jinja, messages, add_generation_prompt)?,
+        };
+        Ok(without_marks(&text))
+    }
+
+    /// The ids to feed a model that is to answer `messages`: exactly the tokens in front of the
+    /// answer in training. A chat template writes BOS itself; the plain form leaves that to the
+    /// tokenizer.
+    pub fn encode_prompt(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
+        let text = self.render(messages, true)?;
+        if self.is_plain() {
+            tokenizer.encode_with_special(&text)
+        } else {
+            tokenizer.encode(&text)
+        }
+    }
+
+    /// The conversation up to its last answer as one text, and the bytes of it that are trained:
+    /// each answer with its end-of-turn token, not the role header and not the line break after it.
+    ///
+    /// Where the template marks answers with `{% generation %}`, its marks decide. Otherwise an
+    /// answer begins where the generation prompt in front of it ends.
+    ///
+    /// # Errors
+    /// The conversation has no answer, or the template changes an answer so much that it cannot be
+    /// found again.
+    pub fn render_training(&self, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
+        let Some(last) = messages.iter().rposition(Message::is_answer) else {
+            return Err(self.error(
+                "the conversation has no assistant message, so there is nothing to learn; add one \
+                 or use the format `text`",
+            ));
+        };
+        let messages = &messages[..=last];
+        if messages
+            .iter()
+            .any(|message| message.content.contains(MARKS))
+        {
+            return Err(self.error(
+                "a message contains one of the noncharacters U+FDD0 to U+FDD3, which mark answers \
+                 while rendering; remove it",
+            ));
+        }
+        match &self.kind {
+            Kind::Plain => Ok(self.render_plain(messages)),
+            Kind::Jinja(jinja) if jinja.marks_answers => {
+                let marked = self.render_jinja(jinja, messages, false)?;
+                let ranges = marked_ranges(&marked, TRAINED_START, TRAINED_END);
+                Ok((without_marks(&marked), ranges))
+            }
+            Kind::Jinja(jinja) => self.find_answers(jinja, messages),
+        }
+    }
+
+    fn render_plain(&self, messages: &[Message]) -> (String, Vec<Range<usize>>) {
+        let mut text = String::new();
+        let mut answers = Vec::new();
+        for (i, message) in messages.iter().enumerate() {
+            let start = text.len();
+            text.push_str(&message.content);
+            if message.is_answer() {
+                text.push_str(&self.eos_token);
+                answers.push(start..text.len());
+            }
+            if !message.is_answer() || i + 1 < messages.len() {
+                text.push('\n');
+            }
+        }
+        (text, answers)
+    }
+
+    fn render_jinja(
+        &self,
+        jinja: &JinjaTemplate,
+        messages: &[Message],
+        add_generation_prompt: bool,
+    ) -> Result<String> {
+        let messages: Vec<Jinja> = messages
+            .iter()
+            .map(|m| context! { role => m.role.as_str(), content => m.content.as_str() })
+            .collect();
+        let context = context! {
+            messages => messages,
+            add_generation_prompt => add_generation_prompt,
+            bos_token => self.bos_token.as_str(),
+            eos_token => self.eos_token.as_str(),
+            tools => Jinja::from(()),
+            documents => Jinja::from(()),
+        };
+        jinja
+            .environment
+            .get_template("chat")
+            .and_then(|template| template.render(context))
+            .map_err(|e| template_error(&jinja.name, &e))
+    }
+
+    /// Finds the answers by rendering once more with marks around each. `messages` ends with an
+    /// answer.
+    fn find_answers(
+        &self,
+        jinja: &JinjaTemplate,
+        messages: &[Message],
+    ) -> Result<(String, Vec<Range<usize>>)> {
+        let text = without_marks(&self.render_jinja(jinja, messages, false)?);
+        let marked: Vec<Message> = messages.iter().map(mark_answer).collect();
+        let marked = self.render_jinja(jinja, &marked, false)?;
+        let ends = mark_places(&marked, ANSWER_END);
+        let answers: Vec<usize> = (0..messages.len())
+            .filter(|&i| messages[i].is_answer())
+            .collect();
+        if without_marks(&marked) != text || ends.len() != answers.len() {
+            return Err(self.error(
+                "an answer cannot be found in the rendered conversation, because the template \
+                 changes or repeats it; mark the answers in the template with \
+                 {% generation %} ... {% endgeneration %}",
+            ));
+        }
+        let starts = mark_places(&marked, ANSWER_START);
+        let end_of_turn = self.end_of_turn(jinja, &text[*ends.last().unwrap_or(&text.len())..]);
+        let mut ranges = Vec::with_capacity(answers.len());
+        for (nth, (&i, &end)) in answers.iter().zip(&ends).enumerate() {
+            let prompt = without_marks(&self.render_jinja(jinja, &messages[..i], true)?);
+            let content = starts
+                .get(nth)
+                .copied()
+                .filter(|_| starts.len() == ends.len());
+            // A prompt that opens a thought, say, does not occur in front of a plain answer.
+            let start = if text.starts_with(&prompt) && prompt.len() <= content.unwrap_or(end) {
+                prompt.len()
+            } else {
+                content.ok_or_else(|| {
+                    self.error(
+                        "the start of an answer cannot be found in the rendered conversation: the \
+                         generation prompt does not occur in it; mark the answers in the template \
+                         with {% generation %} ... {% endgeneration %}",
+                    )
+                })?
+            };
+            let rest = &text[end..];
+            let ending = if rest.starts_with(&end_of_turn) {
+                end_of_turn.len()
+            } else {
+                0
+            };
+            ranges.push(start..end + ending);
+        }
+        Ok((text, ranges))
+    }
+
+    /// What closes an answer, found in `rest`, the text behind the last one: space and one added
+    /// token, or nothing.
+    fn end_of_turn(&self, jinja: &JinjaTemplate, rest: &str) -> String {
+        let trimmed = rest.trim_start();
+        let space = rest.len() - trimmed.len();
+        let is_eos = |token: &&str| !token.is_empty() && trimmed.starts_with(*token);
+        let added = jinja.added_tokens.iter().map(String::as_str);
+        let token = added
+            .chain([self.eos_token.as_str()])
+            .filter(is_eos)
+            .max_by_key(|t| t.len());
+        token.map_or_else(String::new, |token| rest[..space + token.len()].to_owned())
+    }
+
+    fn error(&self, message: &str) -> Error {
+        let name = match &self.kind {
+            Kind::Plain => "plain",
+            Kind::Jinja(jinja) => &jinja.name,
+        };
+        Error::Template {
+            name: name.to_owned(),
+            message: message.to_owned(),
+        }
+    }
+}
+
+/// Puts the marks around an answer's text, inside the space around it: templates trim that.
+fn mark_answer(message: &Message) -> Message {
+    if !message.is_answer() {
+        return message.clone();
+    }
+    let content = &message.content;
+    let text = content.trim();
+    let before = if text.is_empty() {
+        content.len()
+    } else {
+        content.len() - content.trim_start().len()
+    };
+    let (space, rest) = content.split_at(before);
+    let (text, tail) = rest.split_at(text.len());
+    Message::new(
+        &message.role,
+        format!("{space}{ANSWER_START}{text}{ANSWER_END}{tail}"),
+    )
+}
+
+/// Where `mark` stands, counted in bytes of the text without any marks.
+fn mark_places(marked: &str, mark: char) -> Vec<usize> {
+    let mut at = 0;
+    let mut places = Vec::new();
+    for c in marked.chars() {
+        if c == mark {
+            places.push(at);
+        }
+        if !MARKS.contains(&c) {
+            at += c.len_utf8();
+        }
+    }
+    places
+}
+
+fn marked_ranges(marked: &str, start: char, end: char) -> Vec<Range<usize>> {
+    let (starts, ends) = (mark_places(marked, start), mark_places(marked, end));
+    starts
+        .into_iter()
+        .zip(ends)
+        .map(|(start, end)| start..end)
+        .collect()
+}
+
+fn without_marks(text: &str) -> String {
+    text.replace(MARKS, "")
+}
+
+fn template_error(name: &str, error: &minijinja::Error) -> Error {
+    let message = match (error.kind(), error.detail()) {
+        // What a template raises is meant for the user as it stands.
+        (ErrorKind::InvalidOperation, Some(detail)) if detail.starts_with(jinja::RAISED) => {
+            format!(
+                "refused the conversation: {}",
+                &detail[jinja::RAISED.len()..]
+            )
+        }
+        _ => error.to_string(),
+    };
+    Error::Template {
+        name: name.to_owned(),
+        message,
+    }
+}
+
+#[cfg(test)]
+#[path = "template_tests.rs"]
+mod tests;

@@ -74,15 +74,12 @@ fn renderings_equal_the_reference() {
         let label = format!("{} {}", case["template"], case["case"]);
         let add_generation_prompt = case["add_generation_prompt"].as_bool().unwrap();
         let rendered = template(&folder, &case).render(&messages(&case), add_generation_prompt);
-        match case["rendered"].as_str() {
-            Some(expected) => assert_eq!(rendered.unwrap(), expected, "{label}"),
-            None => {
-                let message = rendered.unwrap_err().to_string();
-                assert!(
-                    message.contains(case["error"].as_str().unwrap()),
-                    "{label}: {message}"
-                );
-            }
+        if let Some(expected) = case["rendered"].as_str() {
+            assert_eq!(rendered.unwrap(), expected, "{label}");
+        } else {
+            let message = rendered.unwrap_err().to_string();
+            let expected = case["error"].as_str().unwrap();
+            assert!(message.contains(expected), "{label}: {message}");
         }
     }
 }

@@ -1,0 +1,72 @@
+//! `smore train CONFIG.yaml`
+
+use crate::progress::Progress;
+use crate::table::{bytes, count};
+use anyhow::Result;
+use smore_tune::config::RunConfig;
+use smore_tune::sft::{Outcome, Prepared};
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// The run's configuration
+    config: PathBuf,
+    /// Print the outcome as one JSON object on standard output
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let config = RunConfig::load(&args.config)?;
+    let asked = config.data.cutoff_len;
+    let prepared = Prepared::new(config, &args.config.display().to_string())?;
+    if !args.json {
+        announce(&prepared, asked);
+    }
+    let mut progress = Progress::new("training", prepared.total_steps, args.json);
+    let result = prepared.run(&mut progress);
+    progress.finish();
+    let (outcome, _) = result?;
+    if args.json {
+        println!("{}", serde_json::to_string(&outcome)?);
+    } else {
+        summarise(&outcome);
+    }
+    Ok(())
+}
+
+fn announce(prepared: &Prepared, asked: usize) {
+    let report = &prepared.data.report;
+    eprintln!(
+        "data     {} training samples, {} held out; {} trained tokens of {}, {} samples cut at {}",
+        count(prepared.data.train.len()),
+        count(prepared.data.validation.len()),
+        count(report.trained_tokens),
+        count(report.total_tokens),
+        report.truncated,
+        prepared.cutoff_len,
+    );
+    if prepared.cutoff_len < asked {
+        eprintln!("         data.cutoff_len {asked} is above the model's positions and was lowered");
+    }
+    eprintln!(
+        "adapter  {} trained parameters, {} steps",
+        count(prepared.trainable_parameters()),
+        count(prepared.total_steps)
+    );
+}
+
+fn summarise(outcome: &Outcome) {
+    if let (Some(before), Some(after)) = (outcome.eval_loss_before, outcome.eval_loss_after) {
+        println!("held-out loss {before:.4} -> {after:.4}");
+    }
+    println!(
+        "{} steps, {} tokens in {:.1} s ({:.0} tokens/s), peak memory {}",
+        count(outcome.steps),
+        count(outcome.tokens),
+        outcome.seconds,
+        outcome.tokens as f64 / outcome.seconds.max(1e-9),
+        bytes(outcome.peak_memory_bytes)
+    );
+    println!("{}", outcome.trained.display());
+}

@@ -1,0 +1,535 @@
+//! Supervised fine-tuning: one straight-line recipe.
+//!
+//! [`Prepared::new`] finds everything that can be wrong with a run before a weight is read;
+//! [`Prepared::run`] trains, evaluates and writes the run folder. What a person sees meanwhile is
+//! an [`Observer`]'s business.
+
+use crate::checkpoint::{save_adapter, save_model};
+use crate::config::{AdapterConfig, RunConfig, TrainConfig};
+use crate::data::{self, Dataset, Sample};
+use crate::error::{Error, Result};
+use crate::inject::{Adapters, config_error};
+use crate::memory;
+use crate::model::folder::ModelFolder;
+use crate::model::spec::DecoderSpec;
+use crate::model::weights::{from_scratch, read_all};
+use crate::model::{Batch, Model, Scales, StepOutput};
+use crate::run_folder::RunFolder;
+use crate::schedule::Schedule;
+use crate::template::Template;
+use crate::tokenizer::Tokenizer;
+use rand::seq::SliceRandom;
+use serde::Serialize;
+use smore::adapter::NoiseKey;
+use smore::rng::{Purpose, stream};
+use smore_engine::{AdamW, Cpu, Device, View, ViewMut};
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// Tokens evaluated together.
+const EVAL_TOKENS: usize = 2048;
+
+/// A run whose every input has been read and checked, but for the weights.
+pub struct Prepared {
+    /// The configuration.
+    pub config: RunConfig,
+    /// The decoder's shape.
+    pub spec: DecoderSpec,
+    /// Absent where the weights are drawn anew.
+    folder: Option<ModelFolder>,
+    /// What is trained and held out.
+    pub data: Dataset,
+    /// The adapters; none for `kind: full`.
+    adapters: Adapters,
+    /// Longest sample in tokens: the config's cutoff or the model's positions.
+    pub cutoff_len: usize,
+    /// Optimizer steps.
+    pub total_steps: usize,
+}
+
+/// One line of `metrics.jsonl`.
+#[derive(Clone, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Metric {
+    /// After an optimizer step.
+    Step(StepMetric),
+    /// After an evaluation.
+    Eval(EvalMetric),
+}
+
+/// An optimizer step.
+#[derive(Clone, Debug, Serialize)]
+pub struct StepMetric {
+    /// Steps done, from 1.
+    pub step: usize,
+    /// Passes over the data done.
+    pub epoch: f64,
+    /// Cross-entropy per trained token, in nats.
+    pub loss: f64,
+    /// Sum of the balance losses, as it entered the gradient.
+    pub balance_loss: f64,
+    /// Norm of the gradient before clipping.
+    pub grad_norm: f64,
+    /// Learning rate of this step.
+    pub learning_rate: f64,
+    /// Trained tokens of this step.
+    pub trained_tokens: usize,
+    /// All tokens of this step.
+    pub tokens: usize,
+    /// Seconds since training began.
+    pub seconds: f64,
+}
+
+/// An evaluation.
+#[derive(Clone, Debug, Serialize)]
+pub struct EvalMetric {
+    /// Steps done.
+    pub step: usize,
+    /// Cross-entropy per held-out trained token, in nats.
+    pub eval_loss: f64,
+    /// Held-out trained tokens.
+    pub eval_tokens: usize,
+    /// Seconds since training began.
+    pub seconds: f64,
+}
+
+/// Watches a run.
+pub trait Observer {
+    /// Called for every line of `metrics.jsonl`; `tokens` have been read since training began.
+    fn metric(&mut self, metric: &Metric, total_steps: usize, tokens: usize);
+    /// Called when something was written.
+    fn saved(&mut self, path: &std::path::Path);
+}
+
+/// Sees nothing.
+pub struct Silent;
+
+impl Observer for Silent {
+    fn metric(&mut self, _: &Metric, _: usize, _: usize) {}
+    fn saved(&mut self, _: &std::path::Path) {}
+}
+
+/// What a finished run came to.
+#[derive(Clone, Debug, Serialize)]
+pub struct Outcome {
+    /// The run folder.
+    pub output_dir: PathBuf,
+    /// The trained adapter, or the trained model for `kind: full`.
+    pub trained: PathBuf,
+    /// Trained parameters.
+    pub trainable_parameters: usize,
+    /// Held-out loss before training; absent without held-out data.
+    pub eval_loss_before: Option<f64>,
+    /// Held-out loss after training.
+    pub eval_loss_after: Option<f64>,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Tokens read in training.
+    pub tokens: usize,
+    /// Seconds of training, evaluations included.
+    pub seconds: f64,
+    /// Most memory ever resident, in bytes.
+    pub peak_memory_bytes: u64,
+    /// Every line of `metrics.jsonl`.
+    #[serde(skip)]
+    pub metrics: Vec<Metric>,
+}
+
+impl Prepared {
+    /// Reads and checks all inputs of a run; `name` stands for the config in messages.
+    ///
+    /// # Errors
+    /// Anything that would make the run fail later and can be known now.
+    pub fn new(config: RunConfig, name: &str) -> Result<Self> {
+        data::check_files(&config.data)?;
+        let scratch = matches!(&config.adapter, AdapterConfig::Full(f) if f.from_scratch);
+        let spec = DecoderSpec::read(&config.model.join("config.json"))?;
+        let tokenizer = Tokenizer::open(&config.model)?;
+        let template = Template::open(&config.model, &tokenizer)?;
+        let adapters =
+            Adapters::new(&config.adapter, &spec).map_err(|m| config_error(name, m))?;
+        let mut data_config = config.data.clone();
+        data_config.cutoff_len = data_config.cutoff_len.min(spec.max_positions);
+        let cutoff_len = data_config.cutoff_len;
+        let folder = if scratch { None } else { Some(ModelFolder::open(&config.model)?) };
+        let data = data::load(&data_config, config.train.seed, &tokenizer, &template)?;
+        if data.train.is_empty() {
+            return Err(config_error(name, "data.train holds no sample to train on".into()));
+        }
+        check_vocabulary(&spec, &tokenizer, &data, &config)?;
+        let total_steps = total_steps(&config.train, data.train.len());
+        Ok(Self { config, spec, folder, data, adapters, cutoff_len, total_steps })
+    }
+
+    /// Number of trained parameters.
+    pub fn trainable_parameters(&self) -> usize {
+        match self.config.adapter {
+            AdapterConfig::Full(_) => {
+                self.spec.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum()
+            }
+            AdapterConfig::Smore(_) | AdapterConfig::Lora(_) => self.adapters.len(),
+        }
+    }
+
+    /// Trains and writes the run folder.
+    ///
+    /// # Errors
+    /// A loss that is not a number, or a failed write.
+    pub fn run(self, observer: &mut dyn Observer) -> Result<(Outcome, Model<Cpu<f32>>)> {
+        let Self { config, spec, folder, data, adapters, cutoff_len, total_steps } = self;
+        let train = &config.train;
+        let mut out = RunFolder::create(&config)?;
+        let device = Cpu::new();
+        let mut model = match &config.adapter {
+            AdapterConfig::Full(full) => {
+                let values = match &folder {
+                    Some(folder) => read_all(folder),
+                    None => from_scratch(&spec, train.seed),
+                };
+                debug_assert_eq!(full.from_scratch, folder.is_none());
+                Model::full(device, spec, &values, cutoff_len)
+            }
+            AdapterConfig::Smore(_) | AdapterConfig::Lora(_) => {
+                let values = adapters.init(train.seed);
+                let Some(folder) = &folder else {
+                    return Err(Error::Run("an adapter needs a base with weights".into()));
+                };
+                Model::new(device, folder, adapters, &values, cutoff_len)
+            }
+        };
+        drop(folder);
+
+        let schedule = Schedule::new(train, total_steps);
+        let mut optimizer = Optimizer::new(&model);
+        let mut windows = Windows::new(train, data.train.len());
+        let start = Instant::now();
+        let mut tokens = 0;
+        let mut log = |metric: Metric, tokens: usize, out: &mut RunFolder| -> Result<()> {
+            out.metric(&metric)?;
+            observer.metric(&metric, total_steps, tokens);
+            Ok(())
+        };
+        let evaluate = |model: &Model<Cpu<f32>>, step: usize| {
+            evaluate(model, &data.validation).map(|(eval_loss, eval_tokens)| {
+                let seconds = start.elapsed().as_secs_f64();
+                EvalMetric { step, eval_loss, eval_tokens, seconds }
+            })
+        };
+        let before = evaluate(&model, 0);
+        if let Some(eval) = before.clone() {
+            log(Metric::Eval(eval), 0, &mut out)?;
+        }
+        let mut after = before.clone();
+        for step in 1..=total_steps {
+            let window = windows.next_window();
+            let result = accumulate(&model, &data.train, &window, train, &mut optimizer)?;
+            let rate = schedule.rate(step - 1);
+            let grad_norm = optimizer.step(&mut model, train, rate, step)?;
+            tokens += result.tokens;
+            let metric = StepMetric {
+                step,
+                epoch: windows.epochs_done(),
+                loss: result.loss,
+                balance_loss: result.balance_loss,
+                grad_norm,
+                learning_rate: rate,
+                trained_tokens: result.trained_tokens,
+                tokens: result.tokens,
+                seconds: start.elapsed().as_secs_f64(),
+            };
+            log(Metric::Step(metric), tokens, &mut out)?;
+            let last = step == total_steps;
+            if (last || due(step, train.eval_steps))
+                && let Some(eval) = evaluate(&model, step)
+            {
+                after = Some(eval.clone());
+                log(Metric::Eval(eval), tokens, &mut out)?;
+            }
+            if !last && due(step, train.save_steps) {
+                let path = config.output_dir.join(format!("checkpoint-{step}"));
+                save(&path, &config, &model)?;
+            }
+        }
+        let name = if model.weights.is_trained() { "model" } else { "adapter" };
+        let trained = config.output_dir.join(name);
+        save(&trained, &config, &model)?;
+        observer.saved(&trained);
+        let outcome = Outcome {
+            output_dir: config.output_dir.clone(),
+            trained,
+            trainable_parameters: model.trained(),
+            eval_loss_before: before.map(|e| e.eval_loss),
+            eval_loss_after: after.map(|e| e.eval_loss),
+            steps: total_steps,
+            tokens,
+            seconds: start.elapsed().as_secs_f64(),
+            peak_memory_bytes: memory::peak(),
+            metrics: out.into_metrics(),
+        };
+        Ok((outcome, model))
+    }
+}
+
+fn check_vocabulary(
+    spec: &DecoderSpec,
+    tokenizer: &Tokenizer,
+    data: &Dataset,
+    config: &RunConfig,
+) -> Result<()> {
+    let largest = |samples: &[Sample]| samples.iter().flat_map(|s| &s.ids).max().copied();
+    match largest(&data.train).max(largest(&data.validation)) {
+        Some(id) if id as usize >= spec.vocabulary => Err(Error::Model {
+            file: config.model.join("tokenizer.json"),
+            message: format!(
+                "gives token {id} ({} in all), but config.json says vocab_size {}; the tokenizer \
+                 belongs to another model",
+                tokenizer.vocab_size(),
+                spec.vocabulary
+            ),
+        }),
+        _ => Ok(()),
+    }
+}
+
+fn due(step: usize, every: usize) -> bool {
+    every > 0 && step.is_multiple_of(every)
+}
+
+/// Optimizer steps of a run over `samples` samples.
+fn total_steps(train: &TrainConfig, samples: usize) -> usize {
+    let window = train.per_device_train_batch_size * train.gradient_accumulation_steps;
+    let per_epoch = samples.div_ceil(window);
+    let by_epochs = (train.num_train_epochs * per_epoch as f64).ceil() as usize;
+    train.max_steps.unwrap_or(by_epochs).max(1)
+}
+
+/// Deals out the samples of each optimizer step: every epoch in a new order.
+struct Windows {
+    seed: u64,
+    batch: usize,
+    per_step: usize,
+    samples: usize,
+    epoch: u64,
+    order: Vec<usize>,
+    next: usize,
+    /// Micro-batches dealt in the run.
+    micro_batches: u64,
+}
+
+/// The micro-batches of one optimizer step.
+struct Window {
+    first_micro_batch: u64,
+    micro_batches: Vec<Vec<usize>>,
+}
+
+impl Windows {
+    fn new(train: &TrainConfig, samples: usize) -> Self {
+        let mut windows = Self {
+            seed: train.seed,
+            batch: train.per_device_train_batch_size,
+            per_step: train.gradient_accumulation_steps,
+            samples,
+            epoch: 0,
+            order: Vec::new(),
+            next: 0,
+            micro_batches: 0,
+        };
+        windows.shuffle();
+        windows
+    }
+
+    fn shuffle(&mut self) {
+        self.order = (0..self.samples).collect();
+        self.order.shuffle(&mut stream(self.seed, Purpose::Order, self.epoch, 0));
+        self.next = 0;
+    }
+
+    /// The last window of an epoch may be smaller.
+    fn next_window(&mut self) -> Window {
+        if self.next == self.samples {
+            self.epoch += 1;
+            self.shuffle();
+        }
+        let end = self.samples.min(self.next + self.batch * self.per_step);
+        let micro_batches: Vec<Vec<usize>> =
+            self.order[self.next..end].chunks(self.batch).map(<[usize]>::to_vec).collect();
+        let first_micro_batch = self.micro_batches;
+        self.next = end;
+        self.micro_batches += micro_batches.len() as u64;
+        Window { first_micro_batch, micro_batches }
+    }
+
+    fn epochs_done(&self) -> f64 {
+        self.epoch as f64 + self.next as f64 / self.samples as f64
+    }
+}
+
+/// What a window came to.
+struct WindowResult {
+    loss: f64,
+    balance_loss: f64,
+    tokens: usize,
+    trained_tokens: usize,
+}
+
+/// Adds up the gradients of a window. Cross-entropy is divided by the trained tokens of the whole
+/// window, so that it does not matter how the window is cut into micro-batches.
+fn accumulate(
+    model: &Model<Cpu<f32>>,
+    samples: &[Sample],
+    window: &Window,
+    train: &TrainConfig,
+    optimizer: &mut Optimizer,
+) -> Result<WindowResult> {
+    let batches: Vec<Batch> = window
+        .micro_batches
+        .iter()
+        .map(|indices| {
+            let mut batch = Batch::default();
+            indices.iter().for_each(|&i| batch.push(&samples[i].ids, &samples[i].trained));
+            batch
+        })
+        .collect();
+    let trained_tokens: usize = batches.iter().map(|b| b.targets.len()).sum();
+    let scales = Scales {
+        loss: 1.0 / trained_tokens as f64,
+        balance: 1.0 / batches.len() as f64,
+    };
+    let (mut loss, mut balance_loss) = (0.0, 0.0);
+    for (i, batch) in batches.iter().enumerate() {
+        let step = window.first_micro_batch + i as u64;
+        let key = NoiseKey { seed: train.seed, step, place: 0 };
+        let StepOutput { losses, balance_loss: balance, .. } =
+            model.step(batch, scales, Some(key), &mut optimizer.grads);
+        loss += losses.iter().sum::<f64>() * scales.loss;
+        balance_loss += balance * scales.balance;
+    }
+    if !(loss + balance_loss).is_finite() {
+        let origins: Vec<String> = window
+            .micro_batches
+            .iter()
+            .flatten()
+            .map(|&i| {
+                let origin = &samples[i].origin;
+                format!("{}:{}", origin.file.display(), origin.line)
+            })
+            .collect();
+        return Err(Error::Run(format!(
+            "the loss is {loss} (balance {balance_loss}) on the samples {}; lower \
+             train.learning_rate or look at these samples",
+            origins.join(", ")
+        )));
+    }
+    let tokens = batches.iter().map(|b| b.ids.len()).sum();
+    Ok(WindowResult { loss, balance_loss, tokens, trained_tokens })
+}
+
+/// Gradients and moments, laid out like the parameters.
+struct Optimizer {
+    grads: Vec<f32>,
+    m: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Optimizer {
+    fn new(model: &Model<Cpu<f32>>) -> Self {
+        let zeros = || vec![0.0; model.trained()];
+        Self { grads: zeros(), m: zeros(), v: zeros() }
+    }
+
+    /// Clips, steps and clears the gradients; returns their norm before clipping.
+    fn step(
+        &mut self,
+        model: &mut Model<Cpu<f32>>,
+        train: &TrainConfig,
+        learning_rate: f64,
+        step: usize,
+    ) -> Result<f64> {
+        let (n, device) = (model.trained(), model.device);
+        let norm = device.sum_squares(View::new(&self.grads, n)).sqrt();
+        if !norm.is_finite() {
+            return Err(Error::Run(format!(
+                "the gradient's norm is {norm} at step {step}; lower train.learning_rate"
+            )));
+        }
+        // PyTorch's clip_grad_norm_, the 1e-6 included.
+        let factor = train.max_grad_norm / (norm + 1e-6);
+        if train.max_grad_norm > 0.0 && factor < 1.0 {
+            device.scale(factor, ViewMut::new(&mut self.grads, n));
+        }
+        let settings = AdamW {
+            learning_rate,
+            beta1: train.adam_beta1,
+            beta2: train.adam_beta2,
+            epsilon: train.adam_epsilon,
+            weight_decay: train.weight_decay,
+            step: step as u64,
+        };
+        device.adamw(
+            &settings,
+            ViewMut::new(&mut model.params, n),
+            View::new(&self.grads, n),
+            ViewMut::new(&mut self.m, n),
+            ViewMut::new(&mut self.v, n),
+        );
+        device.clear(ViewMut::new(&mut self.grads, n));
+        Ok(norm)
+    }
+}
+
+/// Mean cross-entropy per trained token of held-out samples, and the number of these tokens.
+/// `None` without samples.
+pub fn evaluate(model: &Model<Cpu<f32>>, samples: &[Sample]) -> Option<(f64, usize)> {
+    let (mut sum, mut count) = (0.0, 0);
+    let mut batch = Batch::default();
+    for (i, sample) in samples.iter().enumerate() {
+        batch.push(&sample.ids, &sample.trained);
+        if batch.ids.len() >= EVAL_TOKENS || i + 1 == samples.len() {
+            let losses = model.losses(&batch);
+            sum += losses.iter().sum::<f64>();
+            count += losses.len();
+            batch = Batch::default();
+        }
+    }
+    (count > 0).then(|| (sum / count as f64, count))
+}
+
+fn save(path: &std::path::Path, config: &RunConfig, model: &Model<Cpu<f32>>) -> Result<()> {
+    if model.weights.is_trained() {
+        save_model(path, &model.spec, &config.model, &model.params)
+    } else {
+        save_adapter(path, &config.adapter, &config.model, &model.adapters, &model.params)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_sample_comes_once_an_epoch_in_a_new_order() {
+        let train = TrainConfig {
+            per_device_train_batch_size: 2,
+            gradient_accumulation_steps: 2,
+            ..TrainConfig::default()
+        };
+        let mut windows = Windows::new(&train, 7);
+        let mut epoch = || -> Vec<usize> {
+            (0..2).flat_map(|_| windows.next_window().micro_batches).flatten().collect()
+        };
+        let (first, second) = (epoch(), epoch());
+        assert_ne!(first, second);
+        for mut order in [first, second] {
+            order.sort_unstable();
+            assert_eq!(order, (0..7).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    fn steps_follow_epochs_unless_given() {
+        let mut train = TrainConfig { num_train_epochs: 1.5, ..TrainConfig::default() };
+        assert_eq!(total_steps(&train, 17), 5);
+        train.max_steps = Some(3);
+        assert_eq!(total_steps(&train, 17), 3);
+    }
+}
