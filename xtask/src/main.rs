@@ -1,1 +1,142 @@
-fn main() {}
+//! What CI runs, and how the demo's base model is made: `cargo xtask --help`.
+
+// Its output is its purpose.
+#![allow(clippy::print_stdout)]
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Instant;
+
+/// Checks, tests and builds of this workspace.
+#[derive(Parser, Clone, Copy, PartialEq, Eq, Debug)]
+#[command(name = "cargo xtask")]
+enum Task {
+    /// Everything CI does, cheapest first
+    Ci,
+    /// Formatting
+    Fmt,
+    /// Lints, warnings are errors
+    Clippy,
+    /// Documentation, warnings are errors
+    Docs,
+    /// Licences, duplicates and sources of the dependencies
+    Deny,
+    /// All tests
+    Test,
+    /// Comparison with recorded tensors and real models in ../shared
+    Parity,
+    /// Pre-train the demo's base model anew and put it in its place
+    DemoBase,
+}
+
+const CI: [Task; 6] =
+    [Task::Fmt, Task::Clippy, Task::Docs, Task::Deny, Task::Test, Task::Parity];
+
+fn main() -> Result<()> {
+    std::env::set_current_dir(root())?;
+    match Task::parse() {
+        Task::Ci => ci(),
+        task => run(task),
+    }
+}
+
+fn ci() -> Result<()> {
+    let mut summary = Vec::new();
+    for task in CI {
+        println!("\n=== {task:?}");
+        let start = Instant::now();
+        run(task).with_context(|| format!("step {task:?} failed"))?;
+        summary.push(format!("{task:?} {:.0} s", start.elapsed().as_secs_f64()));
+    }
+    println!("\nci: all passed ({})", summary.join(", "));
+    Ok(())
+}
+
+fn run(task: Task) -> Result<()> {
+    match task {
+        Task::Ci => ci(),
+        Task::Fmt => cargo(&["fmt", "--all", "--check"], &[]),
+        Task::Clippy => {
+            cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"], &[])
+        }
+        Task::Docs => {
+            cargo(&["doc", "--workspace", "--no-deps"], &[("RUSTDOCFLAGS", "-D warnings")])
+        }
+        Task::Deny => deny(),
+        Task::Test => cargo(&["test", "--workspace"], &[]),
+        Task::Parity => parity(),
+        Task::DemoBase => demo_base(),
+    }
+}
+
+/// Advisories are left out: their database needs a network.
+fn deny() -> Result<()> {
+    let installed = Command::new("cargo").args(["deny", "--version"]).output()?.status.success();
+    if installed {
+        return cargo(&["deny", "check", "bans", "licenses", "sources"], &[]);
+    }
+    ensure!(!in_ci(), "cargo-deny is not installed; .ci/run installs it");
+    println!("skipped: `cargo install --locked cargo-deny` makes this step run");
+    Ok(())
+}
+
+fn parity() -> Result<()> {
+    let shared = root().join("../shared");
+    if !shared.is_dir() {
+        ensure!(!in_ci(), "no folder ../shared beside the checkout");
+        println!("skipped: there is no folder ../shared beside the checkout");
+        return Ok(());
+    }
+    let shared = shared.canonicalize()?;
+    let shared = shared.to_str().context("path of ../shared is not UTF-8")?;
+    // Every test that looks for SMORE_SHARED; without it they check nothing and say so.
+    let mut args = vec!["test", "--workspace"];
+    let targets = [
+        "parity_layer",
+        "parity_base",
+        "shared_templates",
+        "shared_tokenizer",
+        "shared_train",
+    ];
+    for target in targets {
+        args.extend(["--test", target]);
+    }
+    args.extend(["--", "--nocapture"]);
+    cargo(&args, &[("SMORE_SHARED", shared)])
+}
+
+/// Corpus and tokenizer, pre-training with `kind: full`, and the result into the program's assets.
+fn demo_base() -> Result<()> {
+    let init = "target/demo-base/init";
+    cargo(&["run", "--release", "-p", "smore-tune", "--example", "demo_base", "--", init], &[])?;
+    let config = "xtask/demo-base.yaml";
+    cargo(&["run", "--release", "-p", "smore-cli", "--", "train", config], &[])?;
+    let (from, to) =
+        (Path::new("target/demo-base/run/model"), Path::new("crates/smore-cli/assets/demo-base"));
+    std::fs::create_dir_all(to)?;
+    for entry in std::fs::read_dir(from)? {
+        let entry = entry?;
+        std::fs::copy(entry.path(), to.join(entry.file_name()))?;
+        println!("wrote {}", to.join(entry.file_name()).display());
+    }
+    Ok(())
+}
+
+fn cargo(args: &[&str], env: &[(&str, &str)]) -> Result<()> {
+    println!("cargo {}", args.join(" "));
+    let status = Command::new("cargo").args(args).envs(env.iter().copied()).status()?;
+    if !status.success() {
+        bail!("`cargo {}` gave {status}", args.join(" "));
+    }
+    Ok(())
+}
+
+fn in_ci() -> bool {
+    std::env::var("CI").is_ok_and(|v| v == "true")
+}
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}

@@ -1,0 +1,142 @@
+//! The whole decoder's backward pass against central differences in f64, with each kind of
+//! adapter, with full fine-tuning, and through the routers.
+
+use smore::adapter::NoiseKey;
+use smore_engine::Cpu;
+use smore_tune::checkpoint::save_model;
+use smore_tune::config::AdapterConfig;
+use smore_tune::inject::Adapters;
+use smore_tune::model::folder::ModelFolder;
+use smore_tune::model::spec::DecoderSpec;
+use smore_tune::model::weights::from_scratch;
+use smore_tune::model::{Batch, Model, Scales};
+
+type Dev = Cpu<f64>;
+
+const SCALES: Scales = Scales { loss: 0.125, balance: 0.5 };
+
+fn spec(tied: bool) -> DecoderSpec {
+    // Weights large enough that every part matters.
+    DecoderSpec::from_json(&serde_json::json!({
+        "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 11,
+        "tie_word_embeddings": tied, "initializer_range": 0.4, "rms_norm_eps": 1e-5
+    }))
+    .unwrap()
+}
+
+fn batch() -> Batch {
+    let mut batch = Batch::default();
+    batch.push(&[1, 4, 2, 9, 3, 3], &[false, false, true, true, true, false]);
+    batch.push(&[7, 0, 10], &[false, true, true]);
+    batch
+}
+
+fn adapted(yaml: &str) -> Model<Dev> {
+    let spec = spec(true);
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("base");
+    save_model(&path, &spec, dir.path(), &from_scratch(&spec, 3)).unwrap();
+    let config = serde_json::json!({
+        "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 11,
+        "tie_word_embeddings": true, "rms_norm_eps": 1e-5
+    });
+    std::fs::write(path.join("config.json"), config.to_string()).unwrap();
+    let folder = ModelFolder::open(&path).unwrap();
+    let config: AdapterConfig = serde_json::from_str(yaml).unwrap();
+    let adapters = Adapters::new(&config, &spec).unwrap();
+    let mut values = adapters.init(5);
+    // Nothing may be zero, or a wrong factor would go unseen.
+    for (i, v) in values.iter_mut().enumerate() {
+        *v += 0.02 * (((i * 37) % 23) as f32 - 11.0) / 11.0 + 0.003;
+    }
+    Model::new(Dev::new(), &folder, adapters, &values, 16)
+}
+
+fn total(model: &Model<Dev>, noise: Option<NoiseKey>) -> (f64, Vec<f64>, Vec<Vec<u16>>) {
+    let mut grads = vec![0.0; model.trained()];
+    let out = model.step(&batch(), SCALES, noise, &mut grads);
+    let loss = out.losses.iter().sum::<f64>() * SCALES.loss + out.balance_loss * SCALES.balance;
+    let routing = out.routing.iter().flatten();
+    let trees = routing.flat_map(|r| r.tree.layers.iter().map(|l| l.expert_idx.clone()));
+    (loss, grads, trees.collect())
+}
+
+/// Checks every `stride`-th parameter.
+fn check(model: &mut Model<Dev>, noise: Option<NoiseKey>, stride: usize) {
+    let (_, grads, trees) = total(model, noise);
+    let top = grads.iter().fold(0.0, |t: f64, g| t.max(g.abs()));
+    let mut checked = 0;
+    for i in (0..model.trained()).step_by(stride) {
+        let h = 1e-5;
+        let value = model.params[i];
+        model.params[i] = value + h;
+        let (up, _, trees_up) = total(model, noise);
+        model.params[i] = value - h;
+        let (down, _, trees_down) = total(model, noise);
+        model.params[i] = value;
+        // Top-k is a jump: a slope across it means nothing.
+        if trees_up != trees || trees_down != trees {
+            continue;
+        }
+        checked += 1;
+        let slope = (up - down) / (2.0 * h);
+        let allowed = 1e-6 * top + 1e-5 * grads[i].abs();
+        assert!((slope - grads[i]).abs() < allowed, "parameter {i}: {slope} against {}", grads[i]);
+    }
+    assert!(checked * stride > model.trained() / 2, "only {checked} slopes checked");
+    assert!(grads.iter().filter(|g| g.abs() > 1e-9).count() > grads.len() / 3, "dead gradients");
+}
+
+#[test]
+fn full_fine_tuning_tied_and_untied() {
+    for tied in [true, false] {
+        let spec = spec(tied);
+        let values = from_scratch(&spec, 3);
+        let mut model = Model::full(Dev::new(), spec, &values, 16);
+        check(&mut model, None, 3);
+    }
+}
+
+#[test]
+fn lora_on_all_projections() {
+    let mut model = adapted(
+        r#"{"kind": "lora", "rank": 2, "targets": ["q_proj", "k_proj", "v_proj", "o_proj",
+            "gate_proj", "up_proj", "down_proj"]}"#,
+    );
+    check(&mut model, None, 2);
+}
+
+#[test]
+fn smore_with_each_gate_and_position() {
+    let gates = [
+        r#"{"kind": "switch", "router_width": 3, "router_input_width": 4, "activation": "tanh"}"#,
+        r#"{"kind": "dense", "router_width": 3, "router_input_width": 4, "activation": "tanh"}"#,
+        r#"{"kind": "noisy_topk", "router_width": 3, "router_input_width": 4,
+            "activation": "prelu|0.3"}"#,
+        r#"{"kind": "switch", "architecture": "linear", "router_input_width": 0}"#,
+    ];
+    for (gate, position) in gates.iter().zip(["all", "child", "child_v2", "all"]) {
+        let mut model = adapted(&format!(
+            r#"{{"kind": "smore", "targets": ["up_proj", "down_proj"],
+                "layers": [{{"experts": 3, "fanout": 2, "rank": 2, "lora_alpha": 3}},
+                           {{"experts": 3, "fanout": 2, "rank": 1}}],
+                "gate": {gate}, "activation": "prelu|0.2", "activation_position": "{position}",
+                "init": "normal"}}"#
+        ));
+        let noise = NoiseKey { seed: 1, step: 2, place: 0 };
+        check(&mut model, Some(noise), 7);
+    }
+}
+
+#[test]
+fn smore_sharp_shares_its_pool() {
+    let mut model = adapted(
+        r#"{"kind": "smore", "targets": ["gate_proj"], "shared_pool": true, "init": "normal",
+            "layers": [{"experts": 3, "fanout": 1, "rank": 2}, {"experts": 3, "fanout": 2, "rank": 2}],
+            "gate": {"router_width": 3, "router_input_width": 4, "activation": "tanh"}}"#,
+    );
+    check(&mut model, None, 3);
+}
+
