@@ -3,6 +3,7 @@
 // A program's output is its interface.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod demo;
 mod generate;
 mod progress;
 mod table;
@@ -21,6 +22,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Show on this machine, with nothing but this program, what S'MoRE does
+    Demo(demo::Args),
     /// Train an adapter (or a whole model) as a YAML file says
     Train(train::Args),
     /// Continue a prompt with a model and, if given, an adapter
@@ -29,6 +32,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
     };

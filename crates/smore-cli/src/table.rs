@@ -1,5 +1,7 @@
 //! Tables and numbers for people.
 
+pub(crate) use smore_tune::run_report::thousands as count;
+
 /// Prints rows under a header, columns aligned: the first to the left, the others to the right.
 pub(crate) fn print(header: &[&str], rows: &[Vec<String>]) {
     let width = |column: usize| {
@@ -19,19 +21,6 @@ pub(crate) fn print(header: &[&str], rows: &[Vec<String>]) {
     for row in rows {
         line(row.iter().map(String::as_str).collect());
     }
-}
-
-/// 1234567 -> `1,234,567`
-pub(crate) fn count(n: usize) -> String {
-    let digits = n.to_string();
-    let mut out = String::new();
-    for (i, digit) in digits.chars().enumerate() {
-        if i > 0 && (digits.len() - i).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
 }
 
 /// Bytes in MiB or GiB; a dash where the system does not say.

@@ -24,7 +24,7 @@ impl RunFolder {
         let path = config.output_dir.clone();
         let failed = |source| Error::Io { path: path.clone(), source };
         if path.join("config.yaml").exists() {
-            std::fs::rename(&path, free_name(&path)).map_err(failed)?;
+            move_aside(&path)?;
         }
         std::fs::create_dir_all(&path).map_err(failed)?;
         crate::checkpoint::write(&path.join("config.yaml"), config.to_yaml()?.as_bytes())?;
@@ -49,6 +49,15 @@ impl RunFolder {
     pub fn into_metrics(self) -> Vec<Metric> {
         self.metrics
     }
+}
+
+/// Renames a folder, so that what it holds is not overwritten.
+///
+/// # Errors
+/// If it cannot be renamed.
+pub fn move_aside(path: &Path) -> Result<()> {
+    std::fs::rename(path, free_name(path))
+        .map_err(|source| Error::Io { path: path.to_owned(), source })
 }
 
 /// `run` -> `run.1`, or the next number that is free.

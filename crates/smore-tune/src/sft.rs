@@ -15,6 +15,7 @@ use crate::model::spec::DecoderSpec;
 use crate::model::weights::{from_scratch, read_all};
 use crate::model::{Batch, Model, Scales, StepOutput};
 use crate::run_folder::RunFolder;
+use crate::run_report;
 use crate::schedule::Schedule;
 use crate::template::Template;
 use crate::tokenizer::Tokenizer;
@@ -266,6 +267,7 @@ impl Prepared {
             peak_memory_bytes: memory::peak(),
             metrics: out.into_metrics(),
         };
+        run_report::report(&outcome).write(&outcome.output_dir.join("report.html"))?;
         Ok((outcome, model))
     }
 }

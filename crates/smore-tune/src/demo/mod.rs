@@ -5,6 +5,7 @@
 //! small world of machines, fault codes, crews and dates, but not their wording: the base has read
 //! all that a skill needs and still fails at it until an adapter shows it what is asked.
 
+pub mod compare;
 pub mod corpus;
 mod facts;
 pub mod skills;
@@ -15,6 +16,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
+
+/// The linear maps that the demo adapts in every block.
+fn targets() -> Vec<String> {
+    ["gate_proj", "up_proj", "down_proj"].map(String::from).to_vec()
+}
 
 /// Vocabulary of the demo's base.
 pub const VOCAB_SIZE: usize = 512;

@@ -195,6 +195,17 @@ impl<D: AdapterKernels> Model<D> {
         self.device.cross_entropy(h, &batch.targets, self.weights.head(self), 1.0, None, None)
     }
 
+    /// Routing of every adapted linear map over a batch, in the order of the adapters.
+    pub fn routing(&self, batch: &Batch) -> Vec<Option<Routing<D::Elem>>> {
+        let shape = self.attention_shape(batch);
+        let mut x = self.embed(&batch.ids);
+        let mode = Mode { valid: None, noise: None };
+        let blocks = (0..self.spec.blocks).filter_map(|b| {
+            self.block_forward(b, &mut x, &shape, &batch.positions, mode, true)
+        });
+        blocks.flat_map(BlockSaved::into_routing).collect()
+    }
+
     /// Losses of a batch; adds the gradients of `scales.loss * sum + scales.balance * balance` to
     /// `grads`, laid out like the parameters.
     pub fn step(
