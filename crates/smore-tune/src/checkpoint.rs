@@ -104,14 +104,24 @@ pub struct LoadedAdapter {
 /// # Errors
 /// A missing, extra or misshaped tensor, or a setting we do not know: names file, tensor or key.
 pub fn load_adapter(path: &Path, spec: &DecoderSpec) -> Result<LoadedAdapter> {
-    let config_path = path.join("adapter_config.json");
-    let text = std::fs::read_to_string(&config_path)
-        .map_err(|e| Error::reading(&config_path, "an adapter's settings", e))?;
-    let bad = |message: String| Error::Adapter { file: config_path.clone(), message };
-    let (config, widths) = peft::from_json(&text).map_err(bad)?;
-    let adapters = Adapters::with_router_widths(&config, &widths, spec).map_err(bad)?;
+    let (config, widths) = read_adapter_config(path)?;
+    let adapters = Adapters::with_router_widths(&config, &widths, spec).map_err(|message| {
+        Error::Adapter { file: path.join("adapter_config.json"), message }
+    })?;
     let values = read_values(&path.join("adapter_model.safetensors"), &config, &adapters)?;
     Ok(LoadedAdapter { config, adapters, values })
+}
+
+/// Reads an adapter folder's `adapter_config.json`: its settings, and the router width of every
+/// layer of S'MoRE.
+///
+/// # Errors
+/// A missing file, or a setting we do not know: names file and key.
+pub fn read_adapter_config(path: &Path) -> Result<(AdapterConfig, Vec<usize>)> {
+    let file = path.join("adapter_config.json");
+    let text = std::fs::read_to_string(&file)
+        .map_err(|e| Error::reading(&file, "an adapter's settings", e))?;
+    peft::from_json(&text).map_err(|message| Error::Adapter { file, message })
 }
 
 /// The names under which a parameter is stored: a shared pool's experts are stored once per layer.
