@@ -359,6 +359,7 @@ fn authors_config(config: &Value) -> std::result::Result<(SmoreConfig, Vec<usize
         router_width: widths.first().copied().unwrap_or(1),
         router_input_width: width as usize,
         activation: read("gate_act_fn", word("gate_act_fn"))?,
+        ancestor_keys: true,
     };
     let config = SmoreConfig {
         targets: vec![],
@@ -367,6 +368,7 @@ fn authors_config(config: &Value) -> std::result::Result<(SmoreConfig, Vec<usize
         activation: read("expert_act_fn", word("expert_act_fn"))?,
         activation_position: read("activation_position", word("activation_position"))?,
         shared_pool: read("is_shared_expert_pool", word("is_shared_expert_pool"))?,
+        structure: smore::config::Structure::Tree,
         init: read("init_method", word("init_method"))?,
     };
     Ok((config, widths))

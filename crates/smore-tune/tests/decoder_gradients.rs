@@ -13,6 +13,9 @@ use smore_tune::model::{Batch, Model, Scales};
 
 type Dev = Cpu<f64>;
 
+/// Experts and sources of one layer of one adapter.
+type Tree = (Vec<u16>, Option<Vec<u32>>);
+
 const SCALES: Scales = Scales { loss: 0.125, balance: 0.5 };
 
 fn spec(tied: bool) -> DecoderSpec {
@@ -54,12 +57,13 @@ fn adapted(yaml: &str) -> Model<Dev> {
     Model::new(Dev::new(), &folder, adapters, &values, 16)
 }
 
-fn total(model: &Model<Dev>, noise: Option<NoiseKey>) -> (f64, Vec<f64>, Vec<Vec<u16>>) {
+fn total(model: &Model<Dev>, noise: Option<NoiseKey>) -> (f64, Vec<f64>, Vec<Tree>) {
     let mut grads = vec![0.0; model.trained()];
     let out = model.step(&batch(), SCALES, noise, &mut grads);
     let loss = out.losses.iter().sum::<f64>() * SCALES.loss + out.balance_loss * SCALES.balance;
     let routing = out.routing.iter().flatten();
-    let trees = routing.flat_map(|r| r.tree.layers.iter().map(|l| l.expert_idx.clone()));
+    let layers = routing.flat_map(|r| &r.tree.layers);
+    let trees = layers.map(|l| (l.expert_idx.clone(), l.source.clone()));
     (loss, grads, trees.collect())
 }
 
@@ -127,6 +131,29 @@ fn smore_with_each_gate_and_position() {
         ));
         let noise = NoiseKey { seed: 1, step: 2, place: 0 };
         check(&mut model, Some(noise), 7);
+    }
+}
+
+/// The bottom-up router, whose choices depend on what comes from below, and the ablations.
+#[test]
+fn bottom_up_router_and_ablations() {
+    let three = r#"[{"experts": 3, "fanout": 2, "rank": 2}, {"experts": 2, "fanout": 2, "rank": 1},
+        {"experts": 3, "fanout": 2, "rank": 2}]"#;
+    let two = r#"[{"experts": 4, "fanout": 1, "rank": 2}, {"experts": 3, "fanout": 2, "rank": 1}]"#;
+    let flat = r#"[{"experts": 4, "fanout": 2, "rank": 2}]"#;
+    for (layers, gate, rest) in [
+        (three, r#""architecture": "bottom_up""#, r#""activation": "tanh""#),
+        (two, r#""architecture": "bottom_up""#, r#""activation": "tanh", "activation_position": "child""#),
+        (three, r#""ancestor_keys": false"#, r#""activation": "tanh""#),
+        (three, r#""kind": "switch""#, r#""activation": "identity", "structure": "multi_order""#),
+        (flat, r#""kind": "switch""#, r#""activation": "identity", "structure": "flat""#),
+    ] {
+        let mut model = adapted(&format!(
+            r#"{{"kind": "smore", "targets": ["up_proj", "down_proj"], "layers": {layers},
+                "gate": {{{gate}, "router_width": 3, "router_input_width": 4,
+                "activation": "tanh"}}, {rest}, "init": "normal"}}"#
+        ));
+        check(&mut model, None, 7);
     }
 }
 

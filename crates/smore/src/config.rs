@@ -26,6 +26,9 @@ pub struct SmoreConfig {
     /// S'MoRE#: one set of experts serves every layer.
     #[serde(default)]
     pub shared_pool: bool,
+    /// What the layers form: a tree, or less for an ablation.
+    #[serde(default)]
+    pub structure: Structure,
     /// How the parameters start.
     #[serde(default)]
     pub init: Init,
@@ -62,6 +65,10 @@ pub struct GateConfig {
     pub router_input_width: usize,
     /// Activation inside the router's network.
     pub activation: Activation,
+    /// Children are chosen with the keys of their ancestors in view. `false` is an ablation: it
+    /// tests the paper's claim that hierarchical routing matters (Sec. 3.3). All parents of a
+    /// token then choose the same children.
+    pub ancestor_keys: bool,
 }
 
 impl Default for GateConfig {
@@ -73,8 +80,27 @@ impl Default for GateConfig {
             router_width: 32,
             router_input_width: 32,
             activation: Activation::Relu,
+            ancestor_keys: true,
         }
     }
+}
+
+/// What the layers of experts form. To test the claim that the non-linearity between layers
+/// matters, keep the tree and set `activation: identity`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Structure {
+    /// Every active node chooses its own children: S'MoRE.
+    #[default]
+    Tree,
+    /// MoMOR, the paper's Eq. 2: residuals of all orders without a tree. Every layer chooses once
+    /// per token, as many experts as its tree could hold (min(F_l, s_l)), and hands its sum to the
+    /// layer above. Needs `activation: identity`. Tests the claim that structure adds flexibility
+    /// (Thms. 3.3 and 3.4).
+    MultiOrder,
+    /// MoLRE, a flat mixture of low-rank experts: one layer, `activation: identity`. Tests the
+    /// claim that residuals of higher order matter.
+    Flat,
 }
 
 /// The gate (spec section 2).
@@ -99,6 +125,8 @@ pub enum RouterArchitecture {
     Mlp,
     /// The keys meet the router's input directly. (The noisy gate always uses the network.)
     Linear,
+    /// Routing from the leaves to the root (paper, App. B.2); see [`crate::router::bottom_up`].
+    BottomUp,
 }
 
 /// A pointwise non-linearity.

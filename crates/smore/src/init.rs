@@ -70,7 +70,7 @@ fn fill_router(
     let layer = &spec.layers[layer];
     if param.name.ends_with(".keys") {
         match spec.gate.architecture {
-            RouterArchitecture::Mlp => values.fill_with(|| rng.random()),
+            RouterArchitecture::Mlp | RouterArchitecture::BottomUp => values.fill_with(|| rng.random()),
             RouterArchitecture::Linear => {
                 for v in values {
                     let normal: f32 = StandardNormal.sample(rng);

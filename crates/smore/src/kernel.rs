@@ -183,6 +183,10 @@ pub(crate) fn forward_block<T: Float>(
     let keep = fixed.is_some();
     let mut tree = fixed.unwrap_or_else(|| ResidualTree::zeros(spec, n));
     let view = &z[spec.stacked_ranks()..];
+    if spec.bottom_up() {
+        let (routed, layers) = router::bottom_up::forward(core, n, z, &mut tree, keep);
+        return Block { tree, routed, layers };
+    }
     let mut routed: Vec<_> = (0..spec.depth())
         .rev()
         .map(|l| {
@@ -194,7 +198,11 @@ pub(crate) fn forward_block<T: Float>(
         })
         .collect();
     routed.reverse();
-    let layers = propagate::forward(core, n, z, &tree);
+    let mut layers = Vec::with_capacity(spec.depth());
+    for l in 0..spec.depth() {
+        let values = propagate::forward(core, l, n, z, &tree, layers.last());
+        layers.push(values);
+    }
     Block { tree, routed, layers }
 }
 
@@ -298,7 +306,7 @@ impl<T: Float> AdapterKernels for Cpu<T> {
                     let droot = &dhidden[first * root..(first + count) * root];
                     let dz = &mut dz[at * width..(at + count) * width];
                     let valid = pass.valid.map(|v| &v[first..first + count]);
-                    backward_block(&core, &block, count, droot, &slopes, valid, &mut grads, dz);
+                    backward_block(&core, &block, count, z, droot, &slopes, valid, &mut grads, dz);
                 }
                 grads
             })
@@ -341,6 +349,7 @@ fn backward_block<T: Float>(
     core: &Core<T>,
     block: &Block<T>,
     n: usize,
+    z: &[T],
     droot: &[T],
     slopes: &[BalanceSlopes],
     valid: Option<&[bool]>,
@@ -348,20 +357,24 @@ fn backward_block<T: Float>(
     dz: &mut [T],
 ) {
     let Block { tree, routed, layers } = block;
-    let mut dweights = propagate::backward(core, n, tree, layers, droot, grads, dz);
-    let dview = &mut dz[core.spec.stacked_ranks()..];
-    for (l, routed) in routed.iter().enumerate() {
-        let slopes = Some(&slopes[l]);
-        router::route_backward(
-            core,
-            l,
-            routed,
-            tree,
-            &mut dweights[l],
-            slopes,
-            valid,
-            grads,
-            dview,
-        );
+    let view = core.spec.stacked_ranks();
+    let mut dhidden = droot.to_vec();
+    for l in (0..core.spec.depth()).rev() {
+        let (mut dweight, mut dbelow) =
+            propagate::backward(core, l, n, tree, layers, &dhidden, grads, dz);
+        let (slopes, dview) = (Some(&slopes[l]), &mut dz[view..]);
+        let (routed, dweight) = (&routed[l], &mut dweight);
+        if core.spec.bottom_up() {
+            // Here the router also looks at what comes from below.
+            let (z, dbelow) = (&z[view..], &mut dbelow);
+            router::bottom_up::backward(
+                core, l, n, z, routed, tree, dweight, slopes, valid, grads, dview, dbelow,
+            );
+        } else {
+            router::route_backward(
+                core, l, routed, tree, dweight, slopes, valid, grads, dview,
+            );
+        }
+        dhidden = dbelow;
     }
 }

@@ -66,7 +66,8 @@ pub struct LayerLayout {
     pub transform: Option<(usize, usize)>,
     /// The router's network, absent in a linear router
     pub network: Option<NetworkLayout>,
-    /// Keys `[s, key_width]`
+    /// Keys `[s, key_width]`; of the bottom-up router `[F_1, s, d_down]` at the leaves and
+    /// `[F_l, d_down]` above
     pub keys: usize,
     /// W_noise `[s, router_input]` of the noisy gate
     pub noise: Option<usize>,
@@ -81,9 +82,9 @@ pub struct NetworkLayout {
     pub first: usize,
     /// `[m]`
     pub first_bias: usize,
-    /// `[m, m]`
+    /// `[m, m]`; `[s, m]` of the bottom-up router
     pub second: usize,
-    /// `[m]`
+    /// `[m]`; `[s]` of the bottom-up router
     pub second_bias: usize,
     /// Slope `[1]` of a prelu between the two
     pub slope: Option<usize>,
@@ -159,18 +160,32 @@ fn put_layer(
             at.put(format!("moe_W_bias.{l}"), &[width]),
         )
     });
-    let network = (spec.gate.architecture == RouterArchitecture::Mlp).then(|| {
+    let has_network = match spec.gate.architecture {
+        RouterArchitecture::Mlp => true,
+        RouterArchitecture::Linear => false,
+        RouterArchitecture::BottomUp => l > 0,
+    };
+    let network = has_network.then(|| {
         let m = layer.router_width;
+        let out = if spec.bottom_up() { s } else { m };
         let prelu = matches!(spec.gate.activation, Activation::Prelu(_));
         NetworkLayout {
             first: at.put(format!("moe_gate.{l}.mlp.0.weight"), &[m, input]),
             first_bias: at.put(format!("moe_gate.{l}.mlp.0.bias"), &[m]),
             slope: prelu.then(|| at.put(format!("moe_gate.{l}.mlp.1.weight"), &[1])),
-            second: at.put(format!("moe_gate.{l}.mlp.2.weight"), &[m, m]),
-            second_bias: at.put(format!("moe_gate.{l}.mlp.2.bias"), &[m]),
+            second: at.put(format!("moe_gate.{l}.mlp.2.weight"), &[out, m]),
+            second_bias: at.put(format!("moe_gate.{l}.mlp.2.bias"), &[out]),
         }
     });
-    let keys = at.put(format!("moe_gate.{l}.keys"), &[s, layer.key_width]);
+    let mut key_shape = vec![s, layer.key_width];
+    if spec.bottom_up() {
+        // One key per position in the tree, from the top down; at the leaves one per expert too.
+        let positions = spec.layers[l.max(1).min(spec.depth())..].iter().rev().map(|l| l.fanout);
+        key_shape = positions.collect();
+        key_shape.extend((l == 0).then_some(s));
+        key_shape.push(layer.key_width);
+    }
+    let keys = at.put(format!("moe_gate.{l}.keys"), &key_shape);
     let noisy = spec.gate.kind == GateKind::NoisyTopk;
     let noise = noisy.then(|| at.put(format!("moe_gate.{l}.weight_noise.weight"), &[s, input]));
     let slope = matches!(spec.activation, Activation::Prelu(_))

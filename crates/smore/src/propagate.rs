@@ -30,7 +30,9 @@ pub(crate) struct LayerValues<T> {
     inputs: Vec<T>,
     /// u of each row, `[rows, d_{l+1}]`
     residuals: Vec<T>,
-    /// What W_l multiplies: the children's outputs, through sigma where it stands on the child,
+    /// The children's outputs as each node takes them, `[n * nodes, d_l]`; empty at the leaves
+    taken: Vec<T>,
+    /// What W_l multiplies: `taken`, through sigma where it stands on the child,
     /// `[n * nodes, d_l]`; empty at the leaves
     below: Vec<T>,
     /// Argument of sigma at each node (`all`), or W x + bias (`child`), `[n * nodes, d_{l+1}]`
@@ -43,24 +45,29 @@ pub(crate) struct LayerValues<T> {
 
 const NONE: u32 = u32::MAX;
 
-/// All layers of a block, leaves first. `z [n, stack_width]`.
+/// Layer `l` of a block. `z [n, stack_width]`; `below` is the layer below, absent at the leaves.
 pub(crate) fn forward<T: Float>(
     core: &Core<T>,
+    l: usize,
     n: usize,
     z: &[T],
     tree: &ResidualTree<T>,
-) -> Vec<LayerValues<T>> {
-    let mut layers: Vec<LayerValues<T>> = Vec::with_capacity(core.spec.depth());
-    for l in 0..core.spec.depth() {
-        let mut values = active_experts(core, l, n, tree);
-        residuals(core, l, z, &mut values);
-        if let Some(children) = layers.last() {
-            transform_children(core, l, n, &children.hidden, &mut values);
-        }
-        aggregate(core, l, n, tree, &mut values);
-        layers.push(values);
+    below: Option<&LayerValues<T>>,
+) -> LayerValues<T> {
+    let mut values = active_experts(core, l, n, tree);
+    residuals(core, l, z, &mut values);
+    if let Some(below) = below {
+        transform_children(core, l, n, tree, &below.hidden, &mut values);
     }
-    layers
+    aggregate(core, l, n, tree, &mut values);
+    values
+}
+
+/// Row of the layer below's output that `node` of layer `l` takes; that output has `rows` rows for
+/// every token.
+fn source<T>(core: &Core<T>, l: usize, tree: &ResidualTree<T>, node: usize, rows: usize) -> usize {
+    let token = node / core.spec.layers[l].nodes;
+    tree.layers[l].source.as_ref().map_or(node, |s| token * rows + s[node] as usize)
 }
 
 /// Finds the pairs (token, expert) that occur in layer `l` and gives each a row.
@@ -95,6 +102,7 @@ fn active_experts<T: Float>(
         token_of,
         inputs: vec![],
         residuals: vec![],
+        taken: vec![],
         below: vec![],
         inner: vec![],
         outer: vec![],
@@ -135,14 +143,24 @@ fn transform_children<T: Float>(
     core: &Core<T>,
     l: usize,
     n: usize,
+    tree: &ResidualTree<T>,
     children: &[T],
     values: &mut LayerValues<T>,
 ) {
     let layer = &core.spec.layers[l];
     let (nodes, width, below) = (n * layer.nodes, layer.width, layer.width_below);
-    values.below = children.to_vec();
+    values.taken = children.to_vec();
+    if tree.layers[l].source.is_some() {
+        let rows = core.spec.layers[l - 1].parents;
+        values.taken = vec![T::ZERO; nodes * below];
+        for (node, taken) in values.taken.chunks_exact_mut(below).enumerate() {
+            let row = source(core, l, tree, node, rows);
+            taken.copy_from_slice(&children[row * below..][..below]);
+        }
+    }
+    values.below = values.taken.clone();
     if core.spec.position != ActivationPosition::All {
-        core.act(l).forward(children, &mut values.below);
+        core.act(l).forward(&values.taken, &mut values.below);
     }
     let (w, bias) = core.transform(l);
     values.inner = bias.iter().copied().cycle().take(nodes * width).collect();
@@ -221,31 +239,28 @@ fn axpy<T: Float>(a: T, x: &[T], y: &mut [T]) {
     }
 }
 
-/// From the slopes by the root `[n, d_L]` to those by z and by every gate weight; up factors,
-/// transforms and prelu slopes are added to `grads`.
-///
-/// Returns one `[n * nodes]` vector of gate weight slopes per layer, leaves first.
+/// From the slopes by the output of layer `l` to those by z (added to `dz`), by the gate weights
+/// `[n * nodes]` and by the output of the layer below (empty at the leaves); up factors, transforms
+/// and prelu slopes are added to `grads`.
 pub(crate) fn backward<T: Float>(
     core: &Core<T>,
+    l: usize,
     n: usize,
     tree: &ResidualTree<T>,
     layers: &[LayerValues<T>],
-    droot: &[T],
+    dhidden: &[T],
     grads: &mut [T],
     dz: &mut [T],
-) -> Vec<Vec<T>> {
-    let mut dweights = vec![Vec::new(); core.spec.depth()];
-    let mut dhidden = droot.to_vec();
-    for l in (0..core.spec.depth()).rev() {
-        let values = &layers[l];
-        let (dweight, dinner, dresiduals) = split(core, l, n, tree, values, &dhidden, grads);
-        dweights[l] = dweight;
-        residuals_backward(core, l, values, &dresiduals, grads, dz);
-        if l > 0 {
-            dhidden = transform_backward(core, l, n, values, &layers[l - 1], &dinner, grads);
-        }
-    }
-    dweights
+) -> (Vec<T>, Vec<T>) {
+    let values = &layers[l];
+    let (dweight, dinner, dresiduals) = split(core, l, n, tree, values, dhidden, grads);
+    residuals_backward(core, l, values, &dresiduals, grads, dz);
+    let dbelow = if l > 0 {
+        transform_backward(core, l, n, tree, values, &dinner, grads)
+    } else {
+        Vec::new()
+    };
+    (dweight, dbelow)
 }
 
 /// The backward pass of [`aggregate`]: slopes by gate weights, by `inner` and by the residuals.
@@ -360,8 +375,8 @@ fn transform_backward<T: Float>(
     core: &Core<T>,
     l: usize,
     n: usize,
+    tree: &ResidualTree<T>,
     values: &LayerValues<T>,
-    children: &LayerValues<T>,
     dinner: &[T],
     grads: &mut [T],
 ) -> Vec<T> {
@@ -380,8 +395,17 @@ fn transform_backward<T: Float>(
     let target = StridedMut::new(&mut dbelow, nodes, below);
     gemm(false, T::ONE, Strided::new(dinner, nodes, width), w, T::ZERO, target);
     if core.spec.position != ActivationPosition::All {
-        let dslope = core.act(l).backward(&children.hidden, &values.below, &mut dbelow);
+        let dslope = core.act(l).backward(&values.taken, &values.below, &mut dbelow);
         add_slope(core, l, dslope, grads);
     }
-    dbelow
+    if tree.layers[l].source.is_none() {
+        return dbelow;
+    }
+    let rows = core.spec.layers[l - 1].parents;
+    let mut dchildren = vec![T::ZERO; n * rows * below];
+    for (node, d) in dbelow.chunks_exact(below).enumerate() {
+        let row = source(core, l, tree, node, rows);
+        add_to(&mut dchildren[row * below..][..below], d);
+    }
+    dchildren
 }

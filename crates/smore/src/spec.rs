@@ -2,7 +2,7 @@
 
 use crate::config::{
     Activation, ActivationPosition, GateConfig, GateKind, Init, LayerConfig, LoraConfig,
-    RouterArchitecture, SmoreConfig,
+    RouterArchitecture, SmoreConfig, Structure,
 };
 use crate::{Error, Result};
 
@@ -32,6 +32,8 @@ pub struct SmoreSpec {
     pub position: ActivationPosition,
     /// S'MoRE#: the layers share A and B.
     pub shared_pool: bool,
+    /// What the layers form.
+    pub structure: Structure,
     /// How the parameters start.
     pub init: Init,
 }
@@ -78,6 +80,8 @@ pub struct GateSpec {
     pub balance_weight: f64,
     /// d_down, width of the router's view of the token.
     pub input_width: usize,
+    /// The router sees the keys of ancestors.
+    pub ancestor_keys: bool,
 }
 
 impl SmoreSpec {
@@ -116,6 +120,7 @@ impl SmoreSpec {
         check_layers(config)?;
         check_gate(&config.gate, router_widths, config.layers.len())?;
         check_activations(config)?;
+        check_structure(config)?;
         if d_in == 0 || d_out == 0 {
             return Err(Error::config(format!("the linear map is {d_out} x {d_in}; nothing to adapt")));
         }
@@ -125,6 +130,10 @@ impl SmoreSpec {
             activation: config.gate.activation,
             balance_weight: config.gate.balance_weight,
             input_width: config.gate.router_input_width,
+            // Without a tree there are no ancestors, and from below they are not yet known.
+            ancestor_keys: config.gate.ancestor_keys
+                && config.structure == Structure::Tree
+                && config.gate.architecture != RouterArchitecture::BottomUp,
         };
         if gate.input_width == 0 {
             gate.input_width = d_in;
@@ -141,10 +150,21 @@ impl SmoreSpec {
             activation: config.activation,
             position: config.activation_position,
             shared_pool: config.shared_pool,
+            structure: config.structure,
             init: config.init,
         };
         spec.check_size()?;
         Ok(spec)
+    }
+
+    /// True where node i of a layer takes row i of the layer below's output.
+    pub fn is_tree(&self) -> bool {
+        self.structure != Structure::MultiOrder && !self.bottom_up()
+    }
+
+    /// True where routing runs from the leaves to the root.
+    pub fn bottom_up(&self) -> bool {
+        self.gate.architecture == RouterArchitecture::BottomUp
     }
 
     /// L
@@ -173,6 +193,8 @@ impl SmoreSpec {
         let mut total = wide(self.stack_width(), self.d_in) + wide(self.d_out, self.root_width());
         for l in &self.layers {
             total += wide(l.width, l.width) + wide(l.router_width, l.router_input);
+            let keys = if self.bottom_up() { l.parents } else { 1 } * l.experts;
+            total += wide(keys, l.key_width) + wide(l.experts, l.router_input);
         }
         if total > MAX_PARAMETERS as u128 {
             return Err(Error::config(format!(
@@ -266,6 +288,49 @@ fn check_activations(config: &SmoreConfig) -> Result<()> {
     Ok(())
 }
 
+fn check_structure(config: &SmoreConfig) -> Result<()> {
+    let linear = config.activation == Activation::Identity;
+    let bottom_up = config.gate.architecture == RouterArchitecture::BottomUp;
+    let name = match config.structure {
+        Structure::Tree => "tree",
+        Structure::MultiOrder => "multi_order",
+        Structure::Flat => "flat",
+    };
+    if config.structure != Structure::Tree && !linear {
+        return Err(Error::config(format!(
+            "structure is {name}, which has no non-linearity between layers; set activation: \
+             identity"
+        )));
+    }
+    if config.structure == Structure::Flat && config.layers.len() != 1 {
+        return Err(Error::config(format!(
+            "structure is flat but layers has {} entries; a flat mixture has one",
+            config.layers.len()
+        )));
+    }
+    if bottom_up && config.gate.kind != GateKind::Switch {
+        return Err(Error::config(
+            "gate.architecture is bottom_up, which works with gate.kind switch only",
+        ));
+    }
+    if bottom_up && config.structure == Structure::MultiOrder {
+        return Err(Error::config(
+            "gate.architecture is bottom_up, which needs positions in a tree; structure is \
+             multi_order",
+        ));
+    }
+    for (l, layer) in config.layers.iter().enumerate().filter(|_| bottom_up) {
+        if layer.experts * layer.fanout > MAX_EXPERTS {
+            return Err(Error::config(format!(
+                "layers[{l}] has {} experts for each of {} positions; bottom_up ranks at most \
+                 {MAX_EXPERTS} pairs",
+                layer.experts, layer.fanout
+            )));
+        }
+    }
+    Ok(())
+}
+
 fn derive_layers(
     config: &SmoreConfig,
     router_widths: &[usize],
@@ -295,7 +360,13 @@ fn derive_layers(
         stack_start += if config.shared_pool { 0 } else { own };
     }
     let (mut parents, mut router_input) = (1usize, gate.input_width);
+    let mut in_tree = 1usize;
     for (l, layer) in layers.iter_mut().enumerate().rev() {
+        if config.structure == Structure::MultiOrder {
+            in_tree = in_tree.saturating_mul(layer.fanout);
+            layer.fanout = in_tree.min(layer.experts);
+            parents = 1;
+        }
         layer.parents = parents;
         layer.nodes = parents * layer.fanout;
         if layer.nodes > MAX_NODES {
@@ -309,7 +380,11 @@ fn derive_layers(
         layer.key_width = match gate.architecture {
             RouterArchitecture::Mlp => layer.router_width,
             RouterArchitecture::Linear => router_input,
+            RouterArchitecture::BottomUp => gate.input_width,
         };
+        if gate.architecture == RouterArchitecture::BottomUp {
+            layer.router_input = layer.width_below + gate.input_width;
+        }
         if router_input > 1 << 24 {
             return Err(Error::config(format!(
                 "the linear router of layers[{l}] would look at {router_input} numbers; use \
@@ -317,7 +392,9 @@ fn derive_layers(
             )));
         }
         parents = layer.nodes;
-        router_input += layer.key_width;
+        if gate.ancestor_keys {
+            router_input += layer.key_width;
+        }
     }
     Ok(layers)
 }

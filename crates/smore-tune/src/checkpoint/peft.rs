@@ -4,6 +4,7 @@ use crate::config::AdapterConfig;
 use serde_json::{Map, Value, json};
 use smore::config::{
     Activation, GateConfig, LayerConfig, LoraConfig, RouterArchitecture, SmoreConfig,
+    Structure,
 };
 use std::path::Path;
 
@@ -67,7 +68,7 @@ fn smore_keys(c: &SmoreConfig) -> Value {
         .iter()
         .map(|l| number(l.lora_alpha.unwrap_or(l.rank as f64)))
         .collect();
-    json!({
+    let mut keys = json!({
         "activation_position": c.activation_position,
         "balance_loss_weight": c.gate.balance_weight,
         "dim_downproj_x": c.gate.router_input_width,
@@ -90,7 +91,15 @@ fn smore_keys(c: &SmoreConfig) -> Value {
         "num_experts": each(|l| l.experts),
         "peft_type": "HIER_MOE",
         "target_modules": c.targets,
-    })
+    });
+    // What the authors' code cannot express is written only where it is used.
+    if c.structure != Structure::Tree {
+        keys["structure"] = json!(c.structure);
+    }
+    if !c.gate.ancestor_keys {
+        keys["ancestor_keys"] = json!(false);
+    }
+    keys
 }
 
 /// The adapter that the file describes, and the router width of every layer of S'MoRE.
@@ -111,6 +120,13 @@ pub(super) fn from_json(text: &str) -> Reading<(AdapterConfig, Vec<usize>)> {
 fn read<T: serde::de::DeserializeOwned>(keys: &Map<String, Value>, key: &str) -> Reading<T> {
     let value = keys.get(key).ok_or_else(|| format!("no key `{key}`"))?;
     serde_json::from_value(value.clone()).map_err(|e| format!("{key} is {value}: {e}"))
+}
+
+fn optional<T: serde::de::DeserializeOwned>(
+    keys: &Map<String, Value>,
+    key: &str,
+) -> Reading<Option<T>> {
+    if keys.contains_key(key) { read(keys, key).map(Some) } else { Ok(None) }
 }
 
 /// Refuses settings that would change the function and that we do not compute.
@@ -191,6 +207,7 @@ fn hier_moe(keys: &Map<String, Value>) -> Reading<(SmoreConfig, Vec<usize>)> {
         router_width: widths.first().copied().unwrap_or(1),
         router_input_width: read::<i64>(keys, "dim_downproj_x")?.max(0) as usize,
         activation: read(keys, "gate_act_fn")?,
+        ancestor_keys: optional(keys, "ancestor_keys")?.unwrap_or(true),
     };
     let config = SmoreConfig {
         targets: targets(keys)?,
@@ -199,6 +216,7 @@ fn hier_moe(keys: &Map<String, Value>) -> Reading<(SmoreConfig, Vec<usize>)> {
         activation,
         activation_position: read(keys, "activation_position")?,
         shared_pool: read(keys, "is_shared_expert_pool")?,
+        structure: optional(keys, "structure")?.unwrap_or_default(),
         init: read(keys, "init_method")?,
     };
     Ok((config, widths))

@@ -126,6 +126,7 @@ fn smore_config() -> SmoreConfig {
         activation: smore::config::Activation::Tanh,
         activation_position: smore::config::ActivationPosition::All,
         shared_pool: false,
+        structure: smore::config::Structure::Tree,
         init: smore::config::Init::WFinalZero,
     }
 }

@@ -6,6 +6,7 @@
 //! meets the experts' keys; a gate ([`switch`] and dense, [`noisy`]) turns the logits into chosen
 //! experts and their weights.
 
+pub mod bottom_up;
 mod network;
 pub mod noisy;
 pub mod switch;
@@ -232,6 +233,9 @@ fn for_ancestors<T>(
 ) {
     let layers = &core.spec.layers;
     let mut node = parent;
+    if !core.spec.gate.ancestor_keys {
+        return;
+    }
     let mut columns = layers[l].router_input;
     for level in l + 1..layers.len() {
         let expert = tree.layers[level].expert_idx[token * layers[level].nodes + node];
@@ -248,7 +252,7 @@ pub(crate) fn add_to<T: Float>(target: &mut [T], values: &[T]) {
 }
 
 /// The `count` largest of `values`, largest first; of equal ones the lower index first.
-fn top<T: Float>(values: &[T], count: usize, chosen: &mut [u16]) {
+pub(crate) fn top<T: Float>(values: &[T], count: usize, chosen: &mut [u16]) {
     for slot in 0..count {
         let mut best = None;
         for (i, &value) in values.iter().enumerate() {

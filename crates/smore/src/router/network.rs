@@ -23,6 +23,11 @@ pub(super) struct Query<T> {
 }
 
 impl<T> Query<T> {
+    /// Logits that came without a network.
+    pub(super) fn of_logits(rows: usize, logits: Vec<T>) -> Self {
+        Self { rows, input: vec![], pre: vec![], hidden: vec![], query: vec![], logits }
+    }
+
     /// `[rows, key_width]`
     pub(super) fn query(&self) -> &[T] {
         if self.query.is_empty() { &self.input } else { &self.query }
@@ -48,6 +53,36 @@ pub(super) fn forward<T: Float>(core: &Core<T>, l: usize, rows: usize, input: Ve
         q.logits = logits;
     }
     q
+}
+
+/// The bottom-up router's network, whose outputs are the logits `[rows, s]` themselves.
+pub(super) fn forward_scores<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    rows: usize,
+    input: Vec<T>,
+) -> Query<T> {
+    let layer = &core.spec.layers[l];
+    let mut q = Query { input, ..Query::of_logits(rows, vec![]) };
+    if let Some(net) = &core.layout.layers[l].network {
+        let (m, s) = (layer.router_width, layer.experts);
+        q.pre = affine(core, &q.input, rows, layer.router_input, net.first, net.first_bias, m);
+        q.hidden = vec![T::ZERO; rows * m];
+        act(core, l).forward(&q.pre, &mut q.hidden);
+        q.logits = affine(core, &q.hidden, rows, m, net.second, net.second_bias, s);
+    }
+    q
+}
+
+/// The backward pass of [`forward_scores`]: slopes by its input.
+pub(super) fn backward_scores<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    q: &Query<T>,
+    dlogits: Vec<T>,
+    grads: &mut [T],
+) -> Vec<T> {
+    network_backward(core, l, q, dlogits, core.spec.layers[l].experts, grads)
 }
 
 /// From the slopes by the logits to those by the router's input; keys and network on the way.
@@ -78,14 +113,26 @@ pub(super) fn backward_query<T: Float>(
     dquery: Vec<T>,
     grads: &mut [T],
 ) -> Vec<T> {
+    network_backward(core, l, q, dquery, core.spec.layers[l].router_width, grads)
+}
+
+/// From the slopes by the network's `width` outputs to those by its input.
+fn network_backward<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    q: &Query<T>,
+    doutput: Vec<T>,
+    width: usize,
+    grads: &mut [T],
+) -> Vec<T> {
     let layer = &core.spec.layers[l];
     let Some(net) = &core.layout.layers[l].network else {
-        return dquery;
+        return doutput;
     };
     let (rows, m) = (q.rows, layer.router_width);
     let mut dhidden = vec![T::ZERO; rows * m];
     let second = (net.second, net.second_bias);
-    affine_backward(core, &q.hidden, rows, m, second, m, &dquery, grads, &mut dhidden);
+    affine_backward(core, &q.hidden, rows, m, second, width, &doutput, grads, &mut dhidden);
     let dslope = act(core, l).backward(&q.pre, &q.hidden, &mut dhidden);
     if let Some(slope) = net.slope {
         grads[slope] += dslope;

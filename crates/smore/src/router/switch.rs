@@ -6,10 +6,12 @@ use crate::config::GateKind;
 use crate::tree::TreeLayer;
 use smore_engine::Float;
 
-/// Softmax probabilities and the sum of the chosen ones.
+/// Softmax probabilities.
 pub(crate) struct Scores<T> {
-    /// `[rows, s]`
+    /// `[rows, width]`
     probabilities: Vec<T>,
+    /// What one parent chooses from
+    width: usize,
 }
 
 /// Chosen weights are divided by their sum where more than one expert is chosen of several; a
@@ -46,7 +48,7 @@ pub(super) fn forward<T: Float>(
             *w = p[usize::from(i)] / sum;
         }
     }
-    Scores { probabilities }
+    Scores { probabilities, width: s }
 }
 
 pub(super) fn softmax<T: Float>(logits: &[T], p: &mut [T]) {
@@ -76,9 +78,11 @@ pub(super) fn collect<T: Float>(
         }
     }
     if kind == GateKind::Switch {
+        // The bottom-up router has one probability per expert and position.
         let s = stats.importance.len();
-        for (sum, &p) in stats.importance.iter_mut().zip(&scores.probabilities[row * s..]) {
-            *sum += p.to_f64();
+        let width = scores.width;
+        for (i, p) in scores.probabilities[row * width..][..width].iter().enumerate() {
+            stats.importance[i % s] += p.to_f64();
         }
     }
 }
