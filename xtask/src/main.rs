@@ -27,12 +27,14 @@ enum Task {
     Test,
     /// Comparison with recorded tensors and real models in ../shared
     Parity,
+    /// The README's first command, and whether S'MoRE learned what the base could not
+    Demo,
     /// Pre-train the demo's base model anew and put it in its place
     DemoBase,
 }
 
-const CI: [Task; 6] =
-    [Task::Fmt, Task::Clippy, Task::Docs, Task::Deny, Task::Test, Task::Parity];
+const CI: [Task; 7] =
+    [Task::Fmt, Task::Clippy, Task::Docs, Task::Deny, Task::Test, Task::Parity, Task::Demo];
 
 fn main() -> Result<()> {
     std::env::set_current_dir(root())?;
@@ -67,6 +69,7 @@ fn run(task: Task) -> Result<()> {
         Task::Deny => deny(),
         Task::Test => cargo(&["test", "--workspace"], &[]),
         Task::Parity => parity(),
+        Task::Demo => demo(),
         Task::DemoBase => demo_base(),
     }
 }
@@ -105,6 +108,27 @@ fn parity() -> Result<()> {
     }
     args.extend(["--", "--nocapture"]);
     cargo(&args, &[("SMORE_SHARED", shared)])
+}
+
+fn demo() -> Result<()> {
+    println!("cargo run --release -- demo --json");
+    let output =
+        Command::new("cargo").args(["run", "--release", "--", "demo", "--json"]).output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let result: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    for side in ["base", "lora", "smore"] {
+        let number = |key: &str| result[side][key].as_f64().unwrap_or(f64::NAN);
+        println!(
+            "{side:5} loss {:.3}, accuracy {:.3}, {:.0} s",
+            number("loss"),
+            number("accuracy"),
+            number("seconds")
+        );
+    }
+    let accuracy = |side: &str| result[side]["accuracy"].as_f64().unwrap_or(f64::NAN);
+    let gain = accuracy("smore") - accuracy("base");
+    ensure!(gain > 0.3, "S'MoRE answers only {gain:.2} more of the held-out questions than the base");
+    Ok(())
 }
 
 /// Corpus and tokenizer, pre-training with `kind: full`, and the result into the program's assets.

@@ -8,6 +8,7 @@ mod generate;
 mod progress;
 mod table;
 mod train;
+mod verify;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -28,6 +29,8 @@ enum Command {
     Train(train::Args),
     /// Continue a prompt with a model and, if given, an adapter
     Generate(generate::Args),
+    /// Compute recorded cases of other implementations again and compare
+    Verify(verify::Args),
 }
 
 fn main() -> ExitCode {
@@ -35,6 +38,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Verify(args) => verify::run(&args),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,6 +1,9 @@
 //! Training on a real tiny Llama and real text, in the folder that `SMORE_SHARED` names. Run by
 //! `cargo xtask parity`.
 
+// The figures are what one runs this for.
+#![allow(clippy::print_stdout)]
+
 use assert_cmd::Command;
 use std::path::{Path, PathBuf};
 

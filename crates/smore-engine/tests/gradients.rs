@@ -280,6 +280,10 @@ fn adamw_follows_its_definition() {
     }
 }
 
+fn full(x: &Vec<f32>) -> View<'_, Cpu<f32>> {
+    View::new(x, x.len())
+}
+
 /// The same operations in f32 under different thread pools: equal bits.
 #[test]
 fn bits_do_not_depend_on_the_number_of_threads() {
@@ -292,9 +296,6 @@ fn bits_do_not_depend_on_the_number_of_threads() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
             let dev = Cpu::<f32>::new();
-            fn full(x: &Vec<f32>) -> View<'_, Cpu<f32>> {
-                View::new(x, x.len())
-            }
             let (mut out, mut lse) = (vec![0f32; n * 12], vec![0f32; n * 4]);
             dev.attention(
                 &shape,

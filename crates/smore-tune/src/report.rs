@@ -1,14 +1,16 @@
 //! The self-contained page of a run: tables, curves and heat maps in one HTML file that needs no
 //! network and no script, and reads well in light and dark.
 
+mod axis;
 mod chart;
+mod heat;
 mod page;
 
 use crate::error::{Error, Result};
 use std::io::Write;
 use std::path::Path;
 
-/// A page.
+/// A page: a title and what follows it.
 #[derive(Clone, Debug)]
 pub struct Report {
     /// Its title.
@@ -50,12 +52,12 @@ pub enum Section {
         x_label: String,
         /// What runs upwards.
         y_label: String,
-        /// Logarithmic upwards, where all values are positive.
+        /// Logarithmic upwards; linear all the same if a value is not positive.
         log_y: bool,
         /// The curves.
         series: Vec<Series>,
     },
-    /// A matrix of numbers from 0 up, coloured by size.
+    /// A matrix of numbers, coloured from 0 to the largest; negative ones look like 0.
     HeatMap {
         /// Heading.
         heading: String,
@@ -75,7 +77,8 @@ pub enum Section {
 pub struct Series {
     /// Its name.
     pub name: String,
-    /// Its points, by rising x. Those that are not finite are left out.
+    /// Its points, by rising x. Those that are not finite are left out; of very many, averages
+    /// of neighbours are drawn.
     pub points: Vec<(f64, f64)>,
 }
 
@@ -88,86 +91,125 @@ impl Report {
     /// Writes the page, whole or not at all.
     ///
     /// # Errors
-    /// If the file cannot be written.
+    /// [`Error::Io`] if the file cannot be written.
     pub fn write(&self, path: &Path) -> Result<()> {
         let failed = |source| Error::Io { path: path.to_owned(), source };
-        let folder = path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+        // Of a bare file name the parent is the empty path, which no folder has.
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty());
+        let mut file = builder().tempfile_in(folder.unwrap_or(Path::new("."))).map_err(failed)?;
         file.write_all(self.render().as_bytes()).map_err(failed)?;
         file.as_file().sync_all().map_err(failed)?;
-        #[cfg(unix)]
-        {
-            use std::os::unix::fs::PermissionsExt;
-            let open = std::fs::Permissions::from_mode(0o644);
-            file.as_file().set_permissions(open).map_err(failed)?;
-        }
         file.persist(path).map_err(|e| failed(e.error))?;
         Ok(())
     }
+}
+
+/// Temporary files are private unless told otherwise; a report is as readable as any new file.
+#[cfg(unix)]
+fn builder() -> tempfile::Builder<'static, 'static> {
+    use std::os::unix::fs::PermissionsExt;
+    let mut builder = tempfile::Builder::new();
+    builder.permissions(std::fs::Permissions::from_mode(0o666));
+    builder
+}
+
+#[cfg(not(unix))]
+fn builder() -> tempfile::Builder<'static, 'static> {
+    tempfile::Builder::new()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn curves(points: Vec<(f64, f64)>) -> Report {
-        let series = vec![
-            Series { name: "first".into(), points },
-            Series { name: "none".into(), points: vec![] },
-        ];
-        Report {
-            title: "a <b> & c".into(),
-            subtitle: String::new(),
-            sections: vec![Section::Curves {
-                heading: "h".into(),
-                note: String::new(),
-                x_label: "step".into(),
-                y_label: "loss".into(),
-                log_y: true,
-                series,
-            }],
+    fn section(series: Vec<Series>) -> Section {
+        Section::Curves {
+            heading: "Held-out loss".into(),
+            note: "Lower is better.".into(),
+            x_label: "step".into(),
+            y_label: "nats per token".into(),
+            log_y: true,
+            series,
         }
     }
 
+    fn curve(name: &str, points: Vec<(f64, f64)>) -> Series {
+        Series { name: name.into(), points }
+    }
+
+    fn page(sections: Vec<Section>) -> Report {
+        Report { title: "a <b> & c".into(), subtitle: "of <today>".into(), sections }
+    }
+
     #[test]
-    fn is_escaped_and_self_contained() {
-        let html = curves(vec![(0.0, 1.0), (1.0, 2.0)]).render();
-        assert!(html.contains("a &lt;b&gt; &amp; c"));
-        assert!(html.contains("first") && html.contains("none"));
-        for forbidden in ["<script", "src=", "href=", "url("] {
+    fn everything_is_escaped_and_self_contained() {
+        let bad = || "<script src='http://x'>".to_owned();
+        let html = page(vec![
+            Section::Text { heading: bad(), paragraphs: vec![bad()] },
+            Section::Table {
+                heading: bad(),
+                note: bad(),
+                columns: vec![bad()],
+                rows: vec![vec![bad(), bad()]],
+            },
+            section(vec![curve(&bad(), vec![(0.0, 1.0), (1.0, 2.0)])]),
+            Section::HeatMap {
+                heading: bad(),
+                note: bad(),
+                rows: vec![bad()],
+                columns: vec![bad()],
+                values: vec![vec![1.0]],
+            },
+        ])
+        .render();
+        assert!(html.contains("<h1>a &lt;b&gt; &amp; c</h1>") && html.contains("of &lt;today&gt;"));
+        for forbidden in ["<script", "<link", "<img", " src=", " href=", "url(", "@import"] {
+            // What is left of the text above is harmless once its `<` is gone.
+            let html = html.replace("&lt;script src=", "");
             assert!(!html.contains(forbidden), "{forbidden}");
         }
     }
 
     #[test]
     fn odd_curves_are_drawn_without_nonsense() {
+        let tiny = f64::MIN_POSITIVE / 1024.0;
         let odd = [
             vec![],
             vec![(1.0, 1.0)],
             vec![(0.0, 2.0), (1.0, 2.0), (2.0, 2.0)],
             vec![(0.0, f64::NAN), (1.0, f64::INFINITY), (2.0, 1.0), (3.0, 0.0)],
+            vec![(f64::NAN, f64::NAN)],
             vec![(0.0, -3.0), (5.0, 1e-9)],
+            vec![(0.0, tiny), (1.0, 1.0)],
+            vec![(0.0, tiny), (tiny, tiny)],
+            vec![(0.0, f64::MAX), (1.0, f64::MIN), (2.0, 1e289), (3.0, -1e289)],
+            vec![(5.0, 1.0), (5.0, 2.0), (5.0, 3.0)],
         ];
         for points in odd {
-            let html = curves(points.clone()).render();
-            assert!(!html.contains("NaN") && !html.contains("inf"), "{points:?}");
+            for others in [vec![], vec![curve("none", vec![])]] {
+                let mut series = vec![curve("first", points.clone())];
+                series.extend(others);
+                let html = page(vec![section(series)]).render();
+                assert!(!html.contains("NaN") && !html.contains("inf"), "{points:?}");
+                assert!(html.contains("first"));
+            }
         }
+        assert!(page(vec![section(vec![])]).render().contains("nothing to show"));
     }
 
     #[test]
-    fn heat_maps_have_a_cell_for_every_value() {
-        let report = Report {
-            title: "t".into(),
-            subtitle: "s".into(),
-            sections: vec![Section::HeatMap {
-                heading: "h".into(),
-                note: "n".into(),
-                rows: vec!["a".into(), "b".into()],
-                columns: vec!["x".into(), "y".into(), "z".into()],
-                values: vec![vec![0.0, 0.5, 1.0], vec![0.25, f64::NAN, 0.75]],
-            }],
+    fn tables_have_row_heads_and_cells() {
+        let row = |a: &str, b: &str| vec![a.to_owned(), b.to_owned()];
+        let table = |columns| Section::Table {
+            heading: "Result".into(),
+            note: String::new(),
+            columns,
+            rows: vec![row("steps", "300"), row("tokens", "1,000")],
         };
-        assert_eq!(report.render().matches("<td").count(), 6);
+        let html = page(vec![table(row("", ""))]).render();
+        assert_eq!((html.matches("<td>").count(), html.matches("scope=\"row\"").count()), (2, 2));
+        assert!(!html.contains("<thead>") && !html.contains("<figcaption>"));
+        assert!(page(vec![table(row("", "value"))]).render().contains(">value</th>"));
     }
 
     #[test]
@@ -175,7 +217,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("report.html");
         std::fs::write(&path, "old").unwrap();
-        curves(vec![(0.0, 1.0)]).write(&path).unwrap();
-        assert!(std::fs::read_to_string(&path).unwrap().starts_with("<!DOCTYPE html>"));
+        let report = page(vec![]);
+        report.write(&path).unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), report.render());
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_write_names_the_file() {
+        let path = tempfile::tempdir().unwrap().path().join("gone/report.html");
+        let error = page(vec![]).write(&path).unwrap_err();
+        assert!(matches!(error, Error::Io { path: p, .. } if p == path));
     }
 }

@@ -39,7 +39,9 @@ pub fn usage(model: &Model<Cpu<f32>>, samples: &[&Sample]) -> Vec<LayerUsage> {
     let mut all: Vec<LayerUsage> = Vec::new();
     for chunk in samples.chunks(32) {
         let mut batch = Batch::default();
-        chunk.iter().for_each(|s| batch.push(&s.ids, &s.trained));
+        for sample in chunk {
+            batch.push(&sample.ids, &sample.trained);
+        }
         let routed = model.routing(&batch);
         let layers = model.adapters.slots.iter().zip(&routed).flat_map(|(slot, routing)| {
             let stats = routing.iter().flat_map(|r| r.stats.iter().enumerate());

@@ -64,5 +64,9 @@ pub fn move_aside(path: &Path) -> Result<()> {
 fn free_name(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let numbered = |n: usize| path.with_file_name(format!("{name}.{n}"));
-    (1..).map(numbered).find(|p| !p.exists()).unwrap_or_else(|| numbered(0))
+    let mut n = 1;
+    while numbered(n).exists() {
+        n += 1;
+    }
+    numbered(n)
 }

@@ -15,21 +15,25 @@ pub fn curves(runs: &[(&str, &[Metric])]) -> Vec<Section> {
             x_label: "step".into(),
             y_label: y.into(),
             log_y: true,
-            series: runs.iter().map(|(n, m)| series((*n).to_owned(), point, m)).collect(),
+            series: runs
+                .iter()
+                .map(|(n, m)| series((*n).to_owned(), point, m))
+                .filter(|s| !s.points.is_empty())
+                .collect(),
         }
     };
-    let held_out = runs.iter().any(|(_, m)| m.iter().any(|m| matches!(m, Metric::Eval(_))));
+    let any = |test: fn(&Metric) -> bool| runs.iter().any(|(_, m)| m.iter().any(test));
     let mut sections = vec![curve("Training loss", "nats per answer token", |m| match m {
         Metric::Step(m) => Some((m.step as f64, m.loss)),
         Metric::Eval(_) => None,
     })];
-    if held_out {
+    if any(|m| matches!(m, Metric::Eval(_))) {
         sections.push(curve("Held-out loss", "nats per answer token", |m| match m {
             Metric::Eval(m) => Some((m.step as f64, m.eval_loss)),
             Metric::Step(_) => None,
         }));
     }
-    if runs.iter().any(|(_, m)| m.iter().any(|m| matches!(m, Metric::Step(s) if s.balance_loss > 0.0))) {
+    if any(|m| matches!(m, Metric::Step(s) if s.balance_loss > 0.0)) {
         sections.push(curve("Balance loss of the routers", "sum over routers", |m| match m {
             Metric::Step(m) if m.balance_loss > 0.0 => Some((m.step as f64, m.balance_loss)),
             _ => None,

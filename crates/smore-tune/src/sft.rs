@@ -182,12 +182,11 @@ impl Prepared {
         let mut out = RunFolder::create(&config)?;
         let device = Cpu::new();
         let mut model = match &config.adapter {
-            AdapterConfig::Full(full) => {
+            AdapterConfig::Full(_) => {
                 let values = match &folder {
                     Some(folder) => read_all(folder),
                     None => from_scratch(&spec, train.seed),
                 };
-                debug_assert_eq!(full.from_scratch, folder.is_none());
                 Model::full(device, spec, &values, cutoff_len)
             }
             AdapterConfig::Smore(_) | AdapterConfig::Lora(_) => {
@@ -388,7 +387,9 @@ fn accumulate(
         .iter()
         .map(|indices| {
             let mut batch = Batch::default();
-            indices.iter().for_each(|&i| batch.push(&samples[i].ids, &samples[i].trained));
+            for &i in indices {
+                batch.push(&samples[i].ids, &samples[i].trained);
+            }
             batch
         })
         .collect();

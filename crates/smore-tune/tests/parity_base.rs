@@ -1,6 +1,9 @@
 //! The base models of the shared folder that `SMORE_SHARED` names: logits, continuations and
 //! losses equal those recorded from transformers. Run by `cargo xtask parity`.
 
+// The figures are what one runs this for.
+#![allow(clippy::print_stdout)]
+
 use safetensors::SafeTensors;
 use smore_engine::Cpu;
 use smore_tune::checkpoint::load_adapter;
@@ -110,12 +113,11 @@ fn recorded_logits_with_and_without_adapters() {
         ("llama_tied__lora", Some("base_llama_tied")),
     ] {
         let folder = ModelFolder::open(&e2e.join(adapter.unwrap_or(case))).unwrap();
-        let (adapters, values) = match adapter {
-            None => (Adapters::none(&folder.spec), vec![]),
-            Some(_) => {
-                let loaded = load_adapter(&e2e.join(case), &folder.spec).unwrap();
-                (loaded.adapters, loaded.values)
-            }
+        let (adapters, values) = if adapter.is_none() {
+            (Adapters::none(&folder.spec), vec![])
+        } else {
+            let loaded = load_adapter(&e2e.join(case), &folder.spec).unwrap();
+            (loaded.adapters, loaded.values)
         };
         let vocabulary = folder.spec.vocabulary;
         let model = Model::new(Cpu::<f32>::new(), &folder, adapters, &values, 256);

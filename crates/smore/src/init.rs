@@ -68,7 +68,7 @@ fn fill_router(
     rng: &mut impl Rng,
 ) {
     let layer = &spec.layers[layer];
-    if param.name.ends_with(".keys") {
+    if param.name.split('.').next_back() == Some("keys") {
         match spec.gate.architecture {
             RouterArchitecture::Mlp | RouterArchitecture::BottomUp => values.fill_with(|| rng.random()),
             RouterArchitecture::Linear => {

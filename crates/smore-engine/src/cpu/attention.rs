@@ -52,7 +52,7 @@ pub(super) fn forward<T: Float>(
         }
     }
     blocks.into_par_iter().for_each(|mut block| {
-        let mut scores = vec![T::ZERO; BLOCK * BLOCK];
+        let mut scores = [T::ZERO; BLOCK * BLOCK];
         for head in 0..heads {
             forward_head(shape, q, k, v, &mut block, head, &mut scores);
         }
@@ -121,7 +121,7 @@ fn forward_head<T: Float>(
     }
     for r in 0..rows {
         for o in &mut block.out[r * width + head * head_dim..][..head_dim] {
-            *o = *o / sum[r];
+            *o /= sum[r];
         }
         block.lse[r * heads + head] = max[r] + sum[r].ln();
     }
@@ -196,8 +196,8 @@ fn backward_kv_head<T: Float>(
         dk: vec![T::ZERO; span.k_len * head_dim],
         dv: vec![T::ZERO; span.k_len * head_dim],
     };
-    let mut p = vec![T::ZERO; BLOCK * BLOCK];
-    let mut dp = vec![T::ZERO; BLOCK * BLOCK];
+    let mut p = [T::ZERO; BLOCK * BLOCK];
+    let mut dp = [T::ZERO; BLOCK * BLOCK];
     for member in 0..group {
         let head = kv_head * group + member;
         for first in (0..span.q_len).step_by(BLOCK) {

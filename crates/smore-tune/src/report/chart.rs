@@ -1,17 +1,19 @@
 //! Curves as inline SVG: thin axes, few ticks, names at the end of the lines.
 
 use super::Series;
+use super::axis::Axis;
 use maud::{Markup, html};
 
-const WIDTH: f64 = 760.0;
-const HEIGHT: f64 = 300.0;
-const LEFT: f64 = 58.0;
-const RIGHT: f64 = 90.0;
-const TOP: f64 = 24.0;
-const BOTTOM: f64 = 38.0;
 /// More points than this are averaged: a line has no more pixels.
 const POINTS: usize = 600;
+/// Values beyond this are not drawn: their differences would overflow.
+const LIMIT: f64 = 1e290;
+/// Colours `--s0` to `--s6` of the style sheet.
+const COLOURS: usize = 7;
+/// A name needs this much height.
+const LINE: f64 = 16.0;
 
+/// What [`render`] draws.
 pub(super) struct Chart<'a> {
     pub(super) title: &'a str,
     pub(super) x_label: &'a str,
@@ -20,169 +22,300 @@ pub(super) struct Chart<'a> {
     pub(super) series: &'a [Series],
 }
 
-/// From values to pixels along one axis.
-struct Axis {
-    low: f64,
-    high: f64,
-    log: bool,
-    from: f64,
-    to: f64,
+/// A chart with its points thinned and its axes found.
+struct Plot<'a> {
+    chart: &'a Chart<'a>,
+    lines: Vec<Vec<(f64, f64)>>,
+    x: Axis,
+    y: Axis,
 }
 
-impl Axis {
-    fn new(values: impl Iterator<Item = f64> + Clone, log: bool, from: f64, to: f64) -> Self {
-        let low = values.clone().fold(f64::INFINITY, f64::min);
-        let high = values.fold(f64::NEG_INFINITY, f64::max);
-        let log = log && low > 0.0;
-        // Nothing to show, or a constant: leave room on both sides.
-        let (low, high) = match (low.is_finite(), low < high) {
-            (false, _) => (0.0, 1.0),
-            (true, true) => (low, high),
-            (true, false) if log => (low / 2.0, high * 2.0),
-            (true, false) => (low - 1.0, high + 1.0),
-        };
-        Self { low, high, log, from, to }
-    }
-
-    fn at(&self, value: f64) -> f64 {
-        let scale = |x: f64| if self.log { x.ln() } else { x };
-        let share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low));
-        self.from + share * (self.to - self.from)
-    }
-
-    /// Round values inside the range.
-    fn ticks(&self) -> Vec<f64> {
-        if self.log && self.high / self.low > 8.0 {
-            let decades = self.low.log10().floor() as i32..=self.high.log10().ceil() as i32;
-            let steps = decades.flat_map(|d| [1.0, 2.0, 5.0].map(|m| m * 10f64.powi(d)));
-            return steps.filter(|t| (self.low..=self.high).contains(t)).collect();
-        }
-        let rough = (self.high - self.low) / 4.0;
-        let power = 10f64.powf(rough.log10().floor());
-        let step = [1.0, 2.0, 5.0, 10.0].map(|m| m * power).into_iter().find(|&s| s >= rough);
-        let step = step.unwrap_or(rough);
-        let first = (self.low / step).ceil() as i64;
-        let last = (self.high / step).floor() as i64;
-        (first..=last).take(20).map(|i| i as f64 * step).collect()
-    }
+/// The page of one size of a drawing, in pixels; the margins are around the area of the curves.
+struct Frame {
+    width: f64,
+    height: f64,
+    left: f64,
+    right: f64,
+    x_ticks: usize,
+    y_ticks: usize,
+    /// Names stand at the ends of the lines.
+    direct: bool,
 }
 
+const TOP: f64 = 8.0;
+const BOTTOM: f64 = 42.0;
+
+/// The curves in two sizes, of which the style sheet shows the one that fits the screen: a drawing
+/// scaled down to a phone would have letters too small to read.
 pub(super) fn render(chart: &Chart) -> Markup {
     let lines: Vec<Vec<(f64, f64)>> = chart.series.iter().map(|s| thinned(&s.points)).collect();
-    let all = lines.iter().flatten();
-    let x = Axis::new(all.clone().map(|p| p.0), false, LEFT, WIDTH - RIGHT);
-    let y = Axis::new(all.map(|p| p.1), chart.log_y, HEIGHT - BOTTOM, TOP);
+    let x = Axis::new(lines.iter().flatten().map(|p| p.0), false, 0.0);
+    let y = Axis::new(lines.iter().flatten().map(|p| p.1), chart.log_y, 0.05);
+    let plot = Plot { chart, lines, x, y };
+    let wide = plot.frame(false);
     html! {
-        svg viewBox=(format!("0 0 {WIDTH} {HEIGHT}")) role="img" aria-label=(chart.title) {
-            (axes(chart, &x, &y))
-            @for (i, line) in lines.iter().enumerate() {
-                @let colour = format!("var(--s{})", i % 5);
-                @if let [(px, py)] = line[..] {
-                    circle cx=(pixel(x.at(px))) cy=(pixel(y.at(py))) r="3" fill=(colour) {}
-                } @else if !line.is_empty() {
-                    polyline.curve points=(path(line, &x, &y)) stroke=(colour) {}
+        ul.key.phone[wide.direct] {
+            @for (i, series) in chart.series.iter().enumerate() {
+                li {
+                    svg.swatch width="18" height="8" aria-hidden="true" {
+                        line.curve x1="1" x2="17" y1="4" y2="4" style=(stroke(i))
+                            stroke-dasharray=[dashes(i)] {}
+                    }
+                    (plot.name(i, series))
                 }
             }
-            (legend(chart, &lines, &y))
         }
+        p.quantity { (chart.y_label) @if plot.y.log { " (log scale)" } }
+        (plot.draw(&wide, "chart wide"))
+        (plot.draw(&plot.frame(true), "chart phone"))
     }
 }
 
-fn axes(chart: &Chart, x: &Axis, y: &Axis) -> Markup {
-    let (right, bottom) = (WIDTH - RIGHT, HEIGHT - BOTTOM);
-    html! {
-        @for tick in y.ticks() {
-            @let at = pixel(y.at(tick));
-            line.axis x1=(LEFT) x2=(right) y1=(at) y2=(at) {}
-            text x=(LEFT - 8.0) y=(at) dy=".32em" text-anchor="end" { (number(tick)) }
-        }
-        line.axis x1=(LEFT) x2=(right) y1=(bottom) y2=(bottom) {}
-        @for tick in x.ticks() {
-            text x=(pixel(x.at(tick))) y=(bottom + 18.0) text-anchor="middle" { (number(tick)) }
-        }
-        text x=(right) y=(HEIGHT - 4.0) text-anchor="end" { (chart.x_label) }
-        text x="0" y="12" {
-            (chart.y_label) @if y.log { ", logarithmic" }
-        }
+impl Plot<'_> {
+    fn frame(&self, phone: bool) -> Frame {
+        let (width, height, x_ticks, y_ticks) =
+            if phone { (360.0, 250.0, 3, 4) } else { (800.0, 320.0, 6, 5) };
+        // Letters have no known width here; seven pixels is that of a wide one.
+        let size = |text: &str| 7.0 * text.chars().count() as f64;
+        let labels = self.y.ticks(y_ticks).iter().map(|t| size(&t.label)).fold(0.0, f64::max);
+        let names = self.chart.series.iter().enumerate().map(|(i, s)| size(&self.name(i, s)));
+        let names = names.fold(0.0, f64::max);
+        let fits = names <= 180.0 && self.lines.len() as f64 * LINE <= height - TOP - BOTTOM;
+        let direct = !phone && fits;
+        let right = if direct { names + 30.0 } else { 16.0 };
+        Frame { width, height, left: labels + 12.0, right, x_ticks, y_ticks, direct }
     }
-}
 
-/// Names beside the last points, moved apart where they would overlap.
-fn legend(chart: &Chart, lines: &[Vec<(f64, f64)>], y: &Axis) -> Markup {
-    let mut places: Vec<(f64, usize)> = lines
-        .iter()
-        .enumerate()
-        .map(|(i, line)| (line.last().map_or(HEIGHT - BOTTOM, |p| y.at(p.1)), i))
-        .collect();
-    places.sort_by(|a, b| a.0.total_cmp(&b.0));
-    for i in 1..places.len() {
-        places[i].0 = places[i].0.max(places[i - 1].0 + 15.0);
+    fn name(&self, i: usize, series: &Series) -> String {
+        if self.lines[i].is_empty() {
+            format!("{} (no points)", series.name)
+        } else {
+            series.name.clone()
+        }
     }
-    html! {
-        @for (at, i) in places {
-            @let style = format!("fill: var(--s{})", i % 5);
-            text x=(WIDTH - RIGHT + 8.0) y=(pixel(at)) dy=".32em" style=(style) {
-                (chart.series[i].name)
+
+    fn draw(&self, frame: &Frame, class: &str) -> Markup {
+        let names: Vec<&str> = self.chart.series.iter().map(|s| s.name.as_str()).collect();
+        let Chart { title, x_label, y_label, .. } = self.chart;
+        let said = format!("{title}: {y_label} by {x_label}; {}", names.join(", "));
+        let (width, height) = (frame.width, frame.height);
+        html! {
+            svg class=(class) viewBox=(format!("0 0 {width} {height}")) role="img"
+                aria-label=(said) {
+                (self.axes(frame))
+                @for (i, line) in self.lines.iter().enumerate() {
+                    @let pixels: Vec<_> = line.iter().map(|&p| self.at(frame, p)).collect();
+                    @if let [(x, y)] = pixels[..] {
+                        circle cx=(pixel(x)) cy=(pixel(y)) r="3.5" style=(fill(i)) {}
+                    } @else if !pixels.is_empty() {
+                        polyline.curve points=(path(&pixels)) style=(stroke(i))
+                            stroke-dasharray=[dashes(i)] {}
+                    }
+                }
+                @if frame.direct { (self.names(frame)) }
+            }
+        }
+    }
+
+    /// From a point to pixels.
+    fn at(&self, frame: &Frame, (x, y): (f64, f64)) -> (f64, f64) {
+        let (right, bottom) = (frame.width - frame.right, frame.height - BOTTOM);
+        let across = frame.left + self.x.share(x) * (right - frame.left);
+        (across, bottom - self.y.share(y) * (bottom - TOP))
+    }
+
+    fn axes(&self, frame: &Frame) -> Markup {
+        let (left, right, bottom) = (frame.left, frame.width - frame.right, frame.height - BOTTOM);
+        let empty = self.lines.iter().all(Vec::is_empty);
+        html! {
+            @if empty {
+                text x=(pixel(f64::midpoint(left, right))) y=(pixel(bottom / 2.0))
+                    text-anchor="middle" { "nothing to show" }
+            } @else {
+                @for tick in self.y.ticks(frame.y_ticks) {
+                    @let y = self.at(frame, (0.0, tick.value)).1;
+                    line.grid x1=(left) x2=(right) y1=(pixel(y)) y2=(pixel(y)) {}
+                    text x=(left - 10.0) y=(pixel(y)) dy=".35em" text-anchor="end" { (tick.label) }
+                }
+                @for tick in self.x.ticks(frame.x_ticks) {
+                    @let x = pixel(self.at(frame, (tick.value, 1.0)).0);
+                    line.axis x1=(x) x2=(x) y1=(bottom) y2=(bottom + 4.0) {}
+                    text x=(x) y=(bottom + 18.0) text-anchor="middle" { (tick.label) }
+                }
+            }
+            line.axis x1=(left) x2=(right) y1=(bottom) y2=(bottom) {}
+            text x=(right) y=(bottom + 36.0) text-anchor="end" { (self.chart.x_label) }
+        }
+    }
+
+    /// Names beside the last points, moved apart where they would overlap.
+    fn names(&self, frame: &Frame) -> Markup {
+        let bottom = frame.height - BOTTOM;
+        let end = |line: &Vec<(f64, f64)>| line.last().map_or(bottom, |&p| self.at(frame, p).1);
+        let mut places: Vec<(usize, f64)> = self.lines.iter().map(end).enumerate().collect();
+        places.sort_by(|a, b| a.1.total_cmp(&b.1));
+        move_apart(&mut places, TOP, bottom - LINE / 2.0);
+        let left = frame.width - frame.right + 8.0;
+        html! {
+            @for (i, y) in places {
+                line.curve x1=(pixel(left)) x2=(pixel(left + 10.0)) y1=(pixel(y)) y2=(pixel(y))
+                    style=(stroke(i)) {}
+                text.name x=(pixel(left + 16.0)) y=(pixel(y)) dy=".35em" {
+                    (self.name(i, &self.chart.series[i]))
+                }
             }
         }
     }
 }
 
-fn path(line: &[(f64, f64)], x: &Axis, y: &Axis) -> String {
-    let point = |&(px, py): &(f64, f64)| format!("{},{}", pixel(x.at(px)), pixel(y.at(py)));
-    line.iter().map(point).collect::<Vec<_>>().join(" ")
+/// Moves heights, which rise, to at least a line's distance within the two bounds.
+fn move_apart(places: &mut [(usize, f64)], top: f64, bottom: f64) {
+    let mut least = top;
+    for place in places.iter_mut() {
+        place.1 = place.1.max(least);
+        least = place.1 + LINE;
+    }
+    let mut most = bottom;
+    for place in places.iter_mut().rev() {
+        place.1 = place.1.min(most);
+        most = place.1 - LINE;
+    }
 }
 
-/// The finite points, averaged in buckets where there are many; the ends stay.
+/// The points that can be drawn, averaged in buckets where there are many; the ends stay.
 fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let finite: Vec<(f64, f64)> =
-        points.iter().copied().filter(|p| p.0.is_finite() && p.1.is_finite()).collect();
-    if finite.len() <= POINTS {
-        return finite;
+    let drawable = |p: &(f64, f64)| p.0.abs() < LIMIT && p.1.abs() < LIMIT;
+    let drawn: Vec<(f64, f64)> = points.iter().copied().filter(drawable).collect();
+    let [first, middle @ .., last] = &drawn[..] else { return drawn };
+    if drawn.len() <= POINTS {
+        return drawn;
     }
-    let (first, last) = (finite[0], finite[finite.len() - 1]);
-    let size = finite.len().div_ceil(POINTS);
-    let mean = |c: &[(f64, f64)]| {
-        let n = c.len() as f64;
-        (c.iter().map(|p| p.0).sum::<f64>() / n, c.iter().map(|p| p.1).sum::<f64>() / n)
+    let buckets = POINTS - 2;
+    let mean = |i: usize| {
+        let range = i * middle.len() / buckets..(i + 1) * middle.len() / buckets;
+        let share = 1.0 / range.len() as f64;
+        middle[range].iter().fold((0.0, 0.0), |sum, p| (sum.0 + p.0 * share, sum.1 + p.1 * share))
     };
-    let middle = finite[1..finite.len() - 1].chunks(size).map(mean);
-    std::iter::once(first).chain(middle).chain([last]).collect()
+    std::iter::once(*first).chain((0..buckets).map(mean)).chain([*last]).collect()
+}
+
+fn path(pixels: &[(f64, f64)]) -> String {
+    let point = |&(x, y): &(f64, f64)| format!("{},{}", pixel(x), pixel(y));
+    pixels.iter().map(point).collect::<Vec<_>>().join(" ")
 }
 
 fn pixel(x: f64) -> String {
     format!("{x:.1}")
 }
 
-fn number(x: f64) -> String {
-    let text = if x.abs() >= 0.001 || x == 0.0 { format!("{x:.4}") } else { format!("{x:.1e}") };
-    if text.contains('e') || !text.contains('.') {
-        return text;
+fn stroke(i: usize) -> String {
+    format!("stroke: var(--s{})", i % COLOURS)
+}
+
+fn fill(i: usize) -> String {
+    format!("fill: var(--s{})", i % COLOURS)
+}
+
+/// Tells curves apart that share a colour.
+fn dashes(i: usize) -> Option<&'static str> {
+    match i / COLOURS % 3 {
+        0 => None,
+        1 => Some("6 4"),
+        _ => Some("1 4"),
     }
-    text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn thinning_keeps_the_ends_and_the_mean() {
-        let points: Vec<(f64, f64)> = (0..5000).map(|i| (f64::from(i), f64::from(i % 2))).collect();
-        let thin = thinned(&points);
-        assert!(thin.len() <= POINTS + 2);
-        assert_eq!((thin[0], thin[thin.len() - 1]), (points[0], points[4999]));
-        let mean = thin.iter().map(|p| p.1).sum::<f64>() / thin.len() as f64;
-        assert!((mean - 0.5).abs() < 0.1, "{mean}");
+    fn drawing(series: &[Series]) -> String {
+        let chart = Chart { title: "t", x_label: "x", y_label: "y", log_y: true, series };
+        render(&chart).into_string()
+    }
+
+    /// The points of every line of the wide drawing.
+    fn lines(html: &str) -> Vec<Vec<(f64, f64)>> {
+        let wide = html.split("<svg class=\"chart phone\"").next().unwrap();
+        let paths = wide.split("points=\"").skip(1).map(|s| s.split('"').next().unwrap());
+        let number = |s: &str| s.parse::<f64>().unwrap();
+        let point = |s: &str| s.split_once(',').map(|(x, y)| (number(x), number(y))).unwrap();
+        paths.map(|path| path.split(' ').map(point).collect()).collect()
+    }
+
+    fn series(name: &str, points: &[(f64, f64)]) -> Series {
+        Series { name: name.into(), points: points.to_vec() }
     }
 
     #[test]
-    fn ticks_are_round_and_inside() {
-        let axis = Axis::new([0.0, 873.0].into_iter(), false, 0.0, 1.0);
-        assert_eq!(axis.ticks(), [0.0, 500.0]);
-        let axis = Axis::new([0.03, 9.0].into_iter(), true, 0.0, 1.0);
-        assert_eq!(axis.ticks(), [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]);
-        assert_eq!(number(0.25), "0.25");
-        assert_eq!(number(500.0), "500");
+    fn a_constant_is_a_visible_line() {
+        let html = drawing(&[series("flat", &[(0.0, 2.0), (1.0, 2.0), (2.0, 2.0)])]);
+        let line = &lines(&html)[0];
+        assert_eq!(line.len(), 3);
+        assert!(line.iter().all(|p| p.1 == line[0].1 && p.1 > 50.0 && p.1 < 270.0), "{line:?}");
+        assert!(line[2].0 - line[0].0 > 500.0, "{line:?}");
+    }
+
+    #[test]
+    fn a_single_point_is_a_dot() {
+        let html = drawing(&[series("one", &[(7.0, 0.3)])]);
+        assert_eq!(html.matches("<circle").count(), 2);
+        assert!(lines(&html).is_empty());
+    }
+
+    #[test]
+    fn points_that_are_not_finite_are_skipped() {
+        let nan = f64::NAN;
+        let points = [(0.0, 1.0), (1.0, nan), (nan, 2.0), (3.0, f64::INFINITY), (4.0, 3.0)];
+        let html = drawing(&[series("holes", &points)]);
+        assert_eq!(lines(&html)[0].len(), 2);
+    }
+
+    #[test]
+    fn a_falling_curve_falls() {
+        let html = drawing(&[series("loss", &[(0.0, 3.0), (10.0, 0.5)])]);
+        let line = &lines(&html)[0];
+        assert!(line[0].0 < line[1].0 && line[0].1 < line[1].1, "{line:?}");
+    }
+
+    #[test]
+    fn every_name_is_written_and_many_or_long_ones_only_in_the_key() {
+        let point = [(0.0, 1.0), (1.0, 2.0)];
+        let few: Vec<_> = (0..3).map(|i| series(&format!("run <{i}>"), &point)).collect();
+        let html = drawing(&few);
+        for i in 0..3 {
+            assert_eq!(html.matches(&format!(">run &lt;{i}&gt;<")).count(), 2, "key and line");
+        }
+        let many: Vec<_> = (0..30).map(|i| series(&format!("run {i};"), &point)).collect();
+        let html = drawing(&many);
+        assert!(!html.contains("class=\"name\"") && !html.contains("key phone"));
+        assert!((0..30).all(|i| html.contains(&format!("</svg>run {i};</li>"))));
+        let long = drawing(&[series(&"long ".repeat(20), &point)]);
+        assert!(!long.contains("class=\"name\"") && !long.contains("key phone"));
+        assert!(drawing(&[series("none", &[])]).contains("none (no points)"));
+    }
+
+    #[test]
+    fn names_move_apart_and_stay_inside() {
+        let mut places = vec![(0, 2.0), (1, 100.0), (2, 101.0), (3, 300.0), (4, 300.0)];
+        move_apart(&mut places, 10.0, 290.0);
+        let heights: Vec<f64> = places.iter().map(|p| p.1).collect();
+        assert_eq!(heights, [10.0, 100.0, 116.0, 274.0, 290.0]);
+    }
+
+    #[test]
+    fn thinning_keeps_the_ends_and_the_mean() {
+        for n in [601, 5000, 100_000] {
+            let points: Vec<(f64, f64)> =
+                (0..n).map(|i| (f64::from(i), f64::from(i * 7 % 10))).collect();
+            let thin = thinned(&points);
+            assert_eq!(thin.len(), POINTS);
+            assert_eq!((thin[0], thin[POINTS - 1]), (points[0], points[points.len() - 1]));
+            assert!(thin.windows(2).all(|p| p[0].0 < p[1].0));
+            let mean = thin.iter().map(|p| p.1).sum::<f64>() / thin.len() as f64;
+            assert!((mean - 4.5).abs() < 0.1, "{mean}");
+        }
+        let short: Vec<(f64, f64)> = (0..600).map(|i| (f64::from(i), 0.5)).collect();
+        assert_eq!(thinned(&short), short);
     }
 }

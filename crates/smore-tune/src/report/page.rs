@@ -1,37 +1,10 @@
 //! The page around the charts.
 
 use super::chart::{self, Chart};
-use super::{Report, Section};
+use super::{Report, Section, heat};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
-const STYLE: &str = "
-:root { color-scheme: light dark; --ink: #1d232b; --soft: #667180; --line: #d9dee5; --page: #fbfbfa;
-  --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #cc79a7; --s4: #e69f00; --heat: 0, 114, 178; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --soft: #98a3b0; --line: #38414c;
-  --page: #14181d; --s0: #56b4e9; --s1: #ee8144; --s2: #2fc49a; --s3: #e09fc2; --s4: #f0b93a;
-  --heat: 86, 180, 233; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 3rem 1.25rem 4rem; max-width: 52rem; background: var(--page);
-  color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.9rem; letter-spacing: -.02em; }
-h2 { margin: 2.75rem 0 .5rem; font-size: 1.15rem; }
-p { margin: .4rem 0; max-width: 44rem; } .note, .subtitle { color: var(--soft); }
-.note { font-size: .9rem; }
-figure { margin: .75rem 0 0; overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-table.plain { width: 100%; }
-th, td { padding: .4rem .9rem .4rem 0; text-align: right; white-space: nowrap; }
-th:first-child { text-align: left; font-weight: 500; white-space: normal; }
-thead th { color: var(--soft); font-size: .85rem; font-weight: 500;
-  border-bottom: 1px solid var(--line); }
-tbody tr + tr > * { border-top: 1px solid var(--line); }
-table.heat th, table.heat td { border: 0; padding: .3rem .7rem; }
-table.heat td { min-width: 4.2rem; text-align: center; font-size: .9rem; border-radius: 3px; }
-table.heat { border-collapse: separate; border-spacing: 2px; }
-svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 12px; }
-svg .axis { stroke: var(--line); stroke-width: 1; } svg .curve { fill: none; stroke-width: 2;
-  stroke-linejoin: round; }
-";
+const STYLE: &str = include_str!("page.css");
 
 pub(super) fn render(report: &Report) -> Markup {
     html! {
@@ -44,9 +17,13 @@ pub(super) fn render(report: &Report) -> Markup {
                 style { (PreEscaped(STYLE)) }
             }
             body {
-                h1 { (report.title) }
-                @if !report.subtitle.is_empty() { p.subtitle { (report.subtitle) } }
-                @for section in &report.sections { section { (render_section(section)) } }
+                header {
+                    h1 { (report.title) }
+                    @if !report.subtitle.is_empty() { p { (report.subtitle) } }
+                }
+                main {
+                    @for section in &report.sections { section { (render_section(section)) } }
+                }
             }
         }
     }
@@ -58,56 +35,110 @@ fn render_section(section: &Section) -> Markup {
             h2 { (heading) }
             @for paragraph in paragraphs { p { (paragraph) } }
         },
-        Section::Table { heading, note, columns, rows } => html! {
-            (head(heading, note))
-            figure { table.plain {
-                @if columns.iter().any(|c| !c.is_empty()) {
-                    thead { tr { @for column in columns { th scope="col" { (column) } } } }
-                }
-                tbody { @for row in rows { tr { @for (i, cell) in row.iter().enumerate() {
-                    @if i == 0 { th scope="row" { (cell) } } @else { td { (cell) } }
-                } } } }
-            } }
-        },
-        Section::Curves { heading, note, x_label, y_label, log_y, series } => html! {
-            (head(heading, note))
-            figure { (chart::render(&Chart { title: heading, x_label, y_label, log_y: *log_y, series })) }
-        },
-        Section::HeatMap { heading, note, rows, columns, values } => html! {
-            (head(heading, note))
-            figure { (heat_map(rows, columns, values)) }
-        },
-    }
-}
-
-fn head(heading: &str, note: &str) -> Markup {
-    html! {
-        h2 { (heading) }
-        @if !note.is_empty() { p.note { (note) } }
-    }
-}
-
-fn heat_map(rows: &[String], columns: &[String], values: &[Vec<f64>]) -> Markup {
-    let finite = values.iter().flatten().filter(|v| v.is_finite());
-    let largest = finite.fold(0.0, |top: f64, &v| top.max(v));
-    html! {
-        table.heat {
-            thead { tr { th {} @for column in columns { th scope="col" { (column) } } } }
-            tbody { @for (row, values) in rows.iter().zip(values) { tr {
-                th scope="row" { (row) }
-                @for &value in values { (cell(value, largest)) }
-            } } }
+        Section::Table { heading, note, columns, rows } => {
+            figure(heading, note, &table(columns, rows))
+        }
+        Section::Curves { heading, note, x_label, y_label, log_y, series } => {
+            let chart = Chart { title: heading, x_label, y_label, log_y: *log_y, series };
+            figure(heading, note, &chart::render(&chart))
+        }
+        Section::HeatMap { heading, note, rows, columns, values } => {
+            figure(heading, note, &heat::render(rows, columns, values))
         }
     }
 }
 
-/// Colour by the value's share of the largest; text stays readable because it keeps the page's ink
-/// on at most half-strong colour.
-fn cell(value: f64, largest: f64) -> Markup {
-    if !value.is_finite() {
-        return html! { td { "\u{2013}" } };
+fn figure(heading: &str, note: &str, content: &Markup) -> Markup {
+    html! {
+        h2 { (heading) }
+        figure {
+            @if !note.is_empty() { figcaption { (note) } }
+            div.scroll { (content) }
+        }
     }
-    let share = if largest > 0.0 { (value / largest).clamp(0.0, 1.0) } else { 0.0 };
-    let style = format!("background: rgba(var(--heat), {:.2})", 0.04 + 0.5 * share);
-    html! { td style=(style) { (format!("{value:.2}")) } }
+}
+
+fn table(columns: &[String], rows: &[Vec<String>]) -> Markup {
+    html! {
+        table.plain {
+            @if columns.iter().any(|c| !c.is_empty()) {
+                thead { tr { @for column in columns { th scope="col" { (column) } } } }
+            }
+            tbody {
+                @for row in rows {
+                    tr {
+                        @for (i, cell) in row.iter().enumerate() {
+                            @if i == 0 { th scope="row" { (cell) } } @else { td { (cell) } }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    type Colour = [f64; 3];
+
+    /// WCAG 2 relative luminance.
+    fn luminance(colour: Colour) -> f64 {
+        let linear = colour.map(|c| {
+            let c = c / 255.0;
+            if c <= 0.04045 { c / 12.92 } else { ((c + 0.055) / 1.055).powf(2.4) }
+        });
+        0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    }
+
+    fn contrast(a: Colour, b: Colour) -> f64 {
+        let (a, b) = (luminance(a), luminance(b));
+        (a.max(b) + 0.05) / (a.min(b) + 0.05)
+    }
+
+    /// What the style sheet gives the variable `name`, in its light or dark part.
+    fn variable(name: &str, dark: bool) -> &'static str {
+        let (light, rest) = STYLE.split_once("@media (prefers-color-scheme: dark)").unwrap();
+        let part = if dark { rest } else { light };
+        let start = part.find(&format!("{name}:")).unwrap() + name.len() + 1;
+        part[start..].split(';').next().unwrap().trim()
+    }
+
+    fn hex(text: &str) -> Colour {
+        [1, 3, 5].map(|i| f64::from(u8::from_str_radix(&text[i..i + 2], 16).unwrap()))
+    }
+
+    #[test]
+    fn heat_cells_are_readable_at_every_share() {
+        for dark in [false, true] {
+            let page = hex(variable("--page", dark));
+            let heat: Vec<f64> =
+                variable("--heat", dark).split(' ').map(|c| c.parse().unwrap()).collect();
+            let turn: f64 = variable("--turn", dark).parse().unwrap();
+            let sign: f64 = variable("--sign", dark).parse().unwrap();
+            for i in 0..=1000 {
+                let share = f64::from(i) / 1000.0;
+                let strength = 0.05 + 0.95 * share;
+                let cell = [0, 1, 2].map(|c| page[c] * (1.0 - strength) + heat[c] * strength);
+                let ink = if (share - turn) * sign > 0.0 { [255.0; 3] } else { [0.0; 3] };
+                let ratio = contrast(cell, ink);
+                assert!(ratio > 4.5, "dark {dark}, share {share}: {ratio}");
+            }
+        }
+    }
+
+    #[test]
+    fn words_and_curves_stand_out() {
+        for dark in [false, true] {
+            let page = hex(variable("--page", dark));
+            for (name, least) in [("--ink", 7.0), ("--soft", 4.5)] {
+                assert!(contrast(page, hex(variable(name, dark))) > least, "{name}, dark {dark}");
+            }
+            for i in 0..7 {
+                let colour = hex(variable(&format!("--s{i}"), dark));
+                assert!(contrast(page, colour) > 2.0, "series {i}, dark {dark}");
+            }
+        }
+    }
 }

@@ -17,7 +17,7 @@ pub(super) struct Query<T> {
     /// `[rows, m]` after it
     hidden: Vec<T>,
     /// `[rows, key_width]`; empty in a linear router, where the input is the query
-    query: Vec<T>,
+    output: Vec<T>,
     /// `[rows, s]`; empty for the noisy gate, which normalises the query first
     pub(super) logits: Vec<T>,
 }
@@ -25,24 +25,24 @@ pub(super) struct Query<T> {
 impl<T> Query<T> {
     /// Logits that came without a network.
     pub(super) fn of_logits(rows: usize, logits: Vec<T>) -> Self {
-        Self { rows, input: vec![], pre: vec![], hidden: vec![], query: vec![], logits }
+        Self { rows, input: vec![], pre: vec![], hidden: vec![], output: vec![], logits }
     }
 
     /// `[rows, key_width]`
     pub(super) fn query(&self) -> &[T] {
-        if self.query.is_empty() { &self.input } else { &self.query }
+        if self.output.is_empty() { &self.input } else { &self.output }
     }
 }
 
 pub(super) fn forward<T: Float>(core: &Core<T>, l: usize, rows: usize, input: Vec<T>) -> Query<T> {
     let layer = &core.spec.layers[l];
-    let mut q = Query { rows, input, pre: vec![], hidden: vec![], query: vec![], logits: vec![] };
+    let mut q = Query { input, ..Query::of_logits(rows, vec![]) };
     if let Some(net) = &core.layout.layers[l].network {
         let m = layer.router_width;
         q.pre = affine(core, &q.input, rows, layer.router_input, net.first, net.first_bias, m);
         q.hidden = vec![T::ZERO; rows * m];
         act(core, l).forward(&q.pre, &mut q.hidden);
-        q.query = affine(core, &q.hidden, rows, m, net.second, net.second_bias, m);
+        q.output = affine(core, &q.hidden, rows, m, net.second, net.second_bias, m);
     }
     if core.spec.gate.kind != GateKind::NoisyTopk {
         let mut logits = vec![T::ZERO; rows * layer.experts];

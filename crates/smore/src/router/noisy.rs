@@ -49,7 +49,9 @@ pub(crate) fn unit_rows<T: Float>(x: &[T], width: usize) -> (Vec<T>, Vec<T>) {
         .map(|row| {
             let square: T = row.iter().map(|&x| x * x).sum();
             let length = square.sqrt().max_of(T::from_f64(1e-12));
-            row.iter_mut().for_each(|x| *x /= length);
+            for x in row {
+                *x /= length;
+            }
             length
         })
         .collect();
