@@ -18,7 +18,7 @@ name.json
                   optional: gate_arch (mlp), gate_act_fn (relu), dim_downproj_x (0: as wide as x),
                   activation_position (all), lora_alpha (none), balance_loss_weight (0.01),
                   is_shared_expert_pool (false)
-  optional        dtype (f32, bf16, mixed, autocast), train_mode, has_mask
+  optional        dtype (f32, bf16, mixed, autocast), train_mode, has_mask, base_bias
 
 name.safetensors, needed
   x [B, T, d_in], base.weight [d_out, d_in], param.<every parameter, as in an adapter file>

@@ -14,7 +14,7 @@
 //!   as wide as x), `activation_position` (`all`), `lora_alpha` (none), `balance_loss_weight`
 //!   (0.01), `is_shared_expert_pool` (false)
 //! - optional: `dtype` (`f32`; see below), `train_mode` (true where noise was recorded),
-//!   `has_mask` (true where a mask was recorded)
+//!   `has_mask` and `base_bias` (true where those tensors were recorded)
 //!
 //! `name.safetensors`, what is needed:
 //!
@@ -48,9 +48,10 @@
 //! | `mixed` | 2e-5 | 2e-4 | f32 inside; `y`, the losses made of it, `grad.x` and `balance_grad.x` 2^-6: where f32 results fall on both sides of a rounding boundary they end 2^-7 of top apart, and base and adapter may both do so |
 //! | `bf16`, `autocast` | 4e-2 | 6e-2 | every result on the way was rounded: 10 roundings forward, 15 there and back |
 //!
-//! Measured over the 120 shared cases: f32 1.3e-6 and 7.8e-5; mixed 6.0e-7 and 3.0e-6, `y` and
-//! `grad.x` equal to the bit; bf16 2.1e-2 and 2.8e-2; autocast 1.1e-2 and 2.8e-2. Autocast rounds
-//! the factors of products, so here its matrices are rounded to bf16 first.
+//! Measured over the 120 shared cases: f32 1.3e-6 and 5.3e-5; mixed 6.0e-7 and 3.0e-6, `y` and
+//! `grad.x` equal to the bit; bf16 2.1e-2 and 2.8e-2; autocast 1.0e-2 and 2.8e-2. Autocast rounds
+//! the factors of products, so here its parameters of two or more dimensions are rounded to bf16
+//! first.
 //!
 //! Two scales are not a tensor's own top. `loss_y` and `loss` are sums of terms of both signs and
 //! are measured against the root of the terms' summed squares where that is larger. Gradients of

@@ -5,9 +5,6 @@
 #![allow(clippy::print_stdout)]
 
 use smore_tune::error::{Error, Result};
-// The figures are what one runs this for.
-#![allow(clippy::print_stdout)]
-
 use smore_tune::verify::{
     CaseReport, Kind, LayerCase, Precision, Tensors, Tolerance, find_cases, layer_case,
     read_tensors, write_tensors,
@@ -184,6 +181,7 @@ fn settings_are_checked() {
         ("d_in", (1u64 << 60).into(), "parameters"),
         ("d_out", (-1).into(), "invalid value"),
         ("dtype", "f8".into(), "unknown variant `f8`"),
+        ("base_bias", true.into(), "`base.bias` is missing"),
     ] {
         let complaint = spoil(key, value).complaint("case.");
         assert!(complaint.contains(says), "{key}: {complaint}");

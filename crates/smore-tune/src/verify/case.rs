@@ -38,6 +38,8 @@ pub struct LayerCase {
     pub(super) train: Option<bool>,
     /// Whether padding was masked; unknown where absent.
     pub(super) masked: Option<bool>,
+    /// Whether the base has a bias; unknown where absent.
+    pub(super) biased: Option<bool>,
     tensor_file: PathBuf,
 }
 
@@ -50,6 +52,7 @@ struct Settings {
     dtype: Precision,
     train_mode: Option<bool>,
     has_mask: Option<bool>,
+    base_bias: Option<bool>,
 }
 
 /// Constructor arguments of the authors' module that bear on what it computes.
@@ -104,6 +107,7 @@ impl LayerCase {
             smore: Smore::new(spec),
             train: settings.train_mode,
             masked: settings.has_mask,
+            biased: settings.base_bias,
             tensor_file,
         };
         case.check_names()?;

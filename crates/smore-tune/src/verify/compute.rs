@@ -83,7 +83,7 @@ impl LayerCase {
         } else {
             None
         };
-        let bias = if self.tensors.contains_key("base.bias") {
+        let bias = if self.biased.unwrap_or(self.tensors.contains_key("base.bias")) {
             Some(from_f64(self.shaped("base.bias", &[spec.d_out])?))
         } else {
             None
