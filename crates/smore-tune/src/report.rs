@@ -229,28 +229,4 @@ mod tests {
         let error = page(vec![]).write(&path).unwrap_err();
         assert!(matches!(error, Error::Io { path: p, .. } if p == path));
     }
-
-    #[test]
-    fn zz_example() {
-        let n = |i: u32, k: u32| f64::from((i.wrapping_mul(2_654_435_761).wrapping_add(k * 977) >> 7) % 1000) / 1000.0 - 0.5;
-        let run = |name: &str, a: f64, k: u32| curve(name, (0..3000).map(|i| { let t = f64::from(i); (t, 0.35 + a + 2.4 * (-t / (400.0 + 200.0 * a)).exp() + 0.5 * n(i, k)) }).filter(|p| p.1 > 0.0).collect());
-        let ev = |name: &str, a: f64| curve(name, (0..16).map(|i| { let t = f64::from(i) * 200.0; (t, 0.4 + a + 2.4 * (-t / 500.0).exp()) }).collect());
-        let s = |t: &str| t.to_owned();
-        let heat = |rows: usize, cols: usize| Section::HeatMap { heading: s("Routing by layer"), note: s("Share of tokens that reach each first-order residual; a balanced router gives each the same."),
-            rows: (0..rows).map(|r| format!("layer {r}")).collect(), columns: (0..cols).map(|c| format!("1.{c}")).collect(),
-            values: (0..rows).map(|r| (0..cols).map(|c| if (r, c) == (1, 2) { f64::NAN } else { ((r * cols + c) as f64 / (rows * cols - 1) as f64).powf(1.2) }).collect()).collect() };
-        let three = |name: &str| section(vec![ev(name, 0.0), ev("MixLoRA", 0.11), ev("LoRA", 0.13), curve("HydraLoRA", vec![])]);
-        page(vec![
-            Section::Text { heading: s("What was done"), paragraphs: vec![s("Four adapters with the same number of trained parameters were fine-tuned on the same mixture of four tasks, in the same order, from the same seed.")] },
-            Section::Table { heading: s("Result"), note: s("Accuracy in percent on held-out answers; higher is better."), columns: ["", "trained", "tokens/s", "held-out loss", "accuracy"].map(s).to_vec(),
-                rows: vec![["S'MoRE, two layers", "1,327,104", "9,412", "0.4031", "87.2"].map(s).to_vec(), ["MixLoRA", "1,327,360", "10,077", "0.5120", "81.9"].map(s).to_vec(), ["LoRA", "1,310,720", "14,321", "0.5311", "80.4"].map(s).to_vec()] },
-            section(vec![run("S'MoRE", 0.0, 1), run("LoRA", 0.3, 5)]),
-            three("S'MoRE"),
-            three("S'MoRE with two layers of four residuals each"),
-            Section::Curves { heading: s("Learning rate"), note: s(""), x_label: s("step"), y_label: s("learning rate"), log_y: false, series: vec![curve("schedule", (0..300).map(|i| (f64::from(i), 3e-5 * (1.0 - f64::from(i) / 300.0))).collect()), curve("constant", vec![(0.0, 1e-5), (299.0, 1e-5)]), curve("one", vec![(200.0, 2.5e-5)])] },
-            Section::Curves { heading: s("Seven"), note: s(""), x_label: s("step"), y_label: s("share"), log_y: false, series: (0..9).map(|k| curve(&format!("expert {k}"), (0..50).map(|i| (f64::from(i), 0.1 + 0.02 * f64::from(k) + 0.03 * (f64::from(i) / 9.0 + f64::from(k)).sin())).collect())).collect() },
-            Section::Curves { heading: s("Empty"), note: s(""), x_label: s("step"), y_label: s("loss"), log_y: true, series: vec![curve("none", vec![])] },
-            heat(5, 8), heat(3, 24),
-        ]).write(Path::new("/tmp/example.html")).unwrap();
-    }
 }

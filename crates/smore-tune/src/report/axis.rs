@@ -1,5 +1,9 @@
 //! One axis of a chart: its range, where a value lies in it, and its ticks.
 
+/// Numbers no larger are shown as 0: the smallest doubles lack digits, and their reciprocals
+/// overflow.
+const TINY: f64 = 1e-280;
+
 /// The range an axis shows, linear or logarithmic.
 #[derive(Debug)]
 pub(super) struct Axis {
@@ -29,13 +33,12 @@ impl Axis {
         if low > high {
             return Self { low: 0.0, high: 1.0, log: false, whole: false };
         }
-        // The smallest doubles have too few digits to take a logarithm's margin from.
-        let log = log && low > 1e-290;
+        let log = log && low > TINY;
         let mut axis = Self { low, high, log, whole };
         // A constant, up to rounding, gets room on both sides, so that its line is in the middle.
-        if high - low <= 1e-12 * low.abs().max(high.abs()) {
+        if high - low <= (1e-12 * low.abs().max(high.abs())).max(TINY) {
             let room = match low.abs() {
-                0.0 => 1.0,
+                size if size <= TINY => 1.0,
                 size if whole && !log => (0.1 * size).max(1.0),
                 size => 0.1 * size,
             };
@@ -86,13 +89,14 @@ impl Axis {
                 _ => 10.0,
             };
         let step = if self.whole { step.max(1.0) } else { step };
-        let factored = self.low.abs().max(self.high.abs()) >= 1e6 || step < 0.9e-4;
+        let largest = self.low.abs().max(self.high.abs());
+        let power = (largest >= 1e6 || step < 0.9e-4).then(|| exponent(largest));
         // A range as narrow as rounding leaves a little slack at its ends.
         let first = (self.low / step - 1e-6).ceil() as i64;
         let last = (self.high / step + 1e-6).floor() as i64;
         let tick = |i: i64| {
             let value = i as f64 * step;
-            Tick { value, label: label(value, step, factored) }
+            Tick { value, label: label(value, step, power) }
         };
         (first..=last).map(tick).collect()
     }
@@ -112,35 +116,42 @@ impl Axis {
             .step_by(every)
             .flat_map(|d| multiples.iter().map(move |m| (m * 10f64.powi(d), 10f64.powi(d))))
             .filter(|(value, _)| (self.low..=self.high).contains(value))
-            .map(|(value, step)| Tick { value, label: label(value, step, factored) })
+            .map(|(value, step)| Tick {
+                value,
+                label: label(value, step, factored.then(|| exponent(value))),
+            })
             .collect()
     }
 }
 
-/// `value` with the digits that tell it from its neighbours `step` away, times a power of ten if
-/// `factored`; an axis decides that for all its labels alike.
-fn label(value: f64, step: f64, factored: bool) -> String {
-    let digits = |x: f64| (x.abs().log10() + 1e-9).floor() as i32;
+/// The power of ten below a number. The addend is for logarithms like that of 1000, which come out
+/// a little low.
+fn exponent(x: f64) -> i32 {
+    (x.abs().log10() + 1e-9).floor() as i32
+}
+
+/// `value` with the digits that tell it from its neighbours `step` away, as a multiple of a power
+/// of ten if one is given.
+fn label(value: f64, step: f64, power: Option<i32>) -> String {
     if value == 0.0 {
         return "0".to_owned();
     }
-    if !factored {
-        let decimals = usize::try_from(-digits(step)).unwrap_or(0);
-        return format!("{value:.decimals$}").replace('-', "\u{2212}");
-    }
-    let decimals = usize::try_from(digits(value) - digits(step)).unwrap_or(0);
-    let text = format!("{value:.decimals$e}").replace('-', "\u{2212}");
-    let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-    let raised: String = exponent.chars().map(superscript).collect();
-    match mantissa {
-        "1" => format!("10{raised}"),
-        _ => format!("{mantissa}\u{d7}10{raised}"),
-    }
+    let factor = power.unwrap_or(0);
+    let decimals = usize::try_from(factor - exponent(step)).unwrap_or(0);
+    let multiple = format!("{:.decimals$}", value / 10f64.powi(factor));
+    let text = match power {
+        None => multiple,
+        Some(power) => {
+            let raised: String = power.to_string().chars().map(superscript).collect();
+            if multiple == "1" { format!("10{raised}") } else { format!("{multiple}×10{raised}") }
+        }
+    };
+    text.replace('-', "\u{2212}")
 }
 
 fn superscript(digit: char) -> char {
     match digit {
-        '\u{2212}' => '\u{207b}',
+        '-' => '\u{207b}',
         '1' => '\u{b9}',
         '2' => '\u{b2}',
         '3' => '\u{b3}',
@@ -160,7 +171,10 @@ mod tests {
     #[test]
     fn ticks_are_round_and_inside() {
         assert_eq!(labels(&[0.0, 873.0], false, 4), ["0", "200", "400", "600", "800"]);
-        assert_eq!(labels(&[0.501, 0.503], false, 3), ["0.5010", "0.5015", "0.5020", "0.5025", "0.5030"]);
+        assert_eq!(
+            labels(&[0.501, 0.503], false, 3),
+            ["0.5010", "0.5015", "0.5020", "0.5025", "0.5030"]
+        );
         assert_eq!(labels(&[-0.6, 0.7], false, 3), ["\u{2212}0.5", "0", "0.5"]);
         assert_eq!(labels(&[0.4, 9.0], true, 4), ["0.5", "1", "2", "5"]);
         assert_eq!(labels(&[1e-3, 1.0], true, 4), ["0.001", "0.01", "0.1", "1"]);
@@ -174,13 +188,15 @@ mod tests {
     #[test]
     fn large_and_small_numbers_factor_out_a_power_of_ten() {
         assert_eq!(labels(&[0.0, 4e6], false, 2), ["0", "2×10⁶", "4×10⁶"]);
+        assert_eq!(labels(&[0.0, -1e-5], false, 2), ["−1.0×10⁻⁵", "−0.5×10⁻⁵", "0"]);
         assert_eq!(labels(&[0.0, 2e-5], false, 2), ["0", "10⁻⁵", "2×10⁻⁵"]);
         assert_eq!(labels(&[1e-7, 1e-3], true, 5), ["10⁻⁷", "10⁻⁶", "10⁻⁵", "10⁻⁴", "10⁻³"]);
     }
 
     #[test]
     fn any_range_has_few_ticks_with_different_labels() {
-        let ends = [-1e290, -7.0, -1e-9, 0.0, 1e-290, 3e-7, 0.1, 0.1 + 1e-10, 1.0, 65536.0, 1e290];
+        let ends =
+            [-1e290, -7.0, -1e-9, 0.0, 1e-290, 1e-270, 3e-7, 0.1, 0.1 + 1e-10, 1.0, 65536.0, 1e290];
         for (log, count) in [(false, 3), (false, 6), (true, 4)] {
             for (i, &low) in ends.iter().enumerate() {
                 for &high in &ends[i..] {
