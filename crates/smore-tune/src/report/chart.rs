@@ -1,13 +1,11 @@
 //! Curves as inline SVG: thin axes, few ticks, names at the end of the lines.
 
 use super::Series;
-use super::axis::Axis;
+use super::axis::{Axis, LIMIT};
 use maud::{Markup, html};
 
 /// More points than this are averaged: a line has no more pixels.
 const POINTS: usize = 600;
-/// Values beyond this are not drawn: their differences would overflow.
-const LIMIT: f64 = 1e290;
 /// Colours `--s0` to `--s6` of the style sheet.
 const COLOURS: usize = 7;
 /// A name needs this much height.
