@@ -9,7 +9,8 @@
 //! Read in this order: [`config`] (what the user wrote), [`spec`] (the same, validated, with every
 //! derived number), [`layout`] (where each parameter lies), [`router`] and [`tree`] (which experts
 //! act on a token), [`propagate`] (what they do), [`kernel`] (the fused pass over tokens),
-//! [`adapter`] (S'MoRE and the baselines behind one trait).
+//! [`adapter`] (S'MoRE and the baselines behind one trait). [`reference`] is the same method in
+//! plain loops, the oracle of the tests.
 
 #![deny(missing_docs)]
 
@@ -21,6 +22,7 @@ pub mod init;
 pub mod kernel;
 pub mod layout;
 pub mod propagate;
+pub mod reference;
 pub mod rng;
 pub mod router;
 pub mod spec;
