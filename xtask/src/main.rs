@@ -85,6 +85,17 @@ fn deny() -> Result<()> {
     Ok(())
 }
 
+/// Test targets that look for SMORE_SHARED; without it they check nothing.
+const SHARED_TESTS: [&str; 7] = [
+    "init",
+    "parity_layer",
+    "parity_base",
+    "shared_params",
+    "shared_templates",
+    "shared_tokenizer",
+    "shared_train",
+];
+
 fn parity() -> Result<()> {
     let shared = root().join("../shared");
     if !shared.is_dir() {
@@ -94,16 +105,8 @@ fn parity() -> Result<()> {
     }
     let shared = shared.canonicalize()?;
     let shared = shared.to_str().context("path of ../shared is not UTF-8")?;
-    // Every test that looks for SMORE_SHARED; without it they check nothing and say so.
     let mut args = vec!["test", "--workspace"];
-    let targets = [
-        "parity_layer",
-        "parity_base",
-        "shared_templates",
-        "shared_tokenizer",
-        "shared_train",
-    ];
-    for target in targets {
+    for target in SHARED_TESTS {
         args.extend(["--test", target]);
     }
     args.extend(["--", "--nocapture"]);
