@@ -130,7 +130,10 @@ fn demo() -> Result<()> {
     }
     let accuracy = |side: &str| result[side]["accuracy"].as_f64().unwrap_or(f64::NAN);
     let gain = accuracy("smore") - accuracy("base");
-    ensure!(gain > 0.3, "S'MoRE answers only {gain:.2} more of the held-out questions than the base");
+    ensure!(
+        gain > 0.3,
+        "S'MoRE answers only {gain:.2} more of the held-out questions than the base"
+    );
     Ok(())
 }
 

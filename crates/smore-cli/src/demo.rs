@@ -73,14 +73,19 @@ fn show(c: &Comparison) {
     );
     println!();
     let by_skill = |skill: &Skill| {
-        let cells = sides.map(|(_, s)| s.by_skill.get(skill.name()).map_or(String::new(), |&x| percent(x)));
+        let cells =
+            sides.map(|(_, s)| s.by_skill.get(skill.name()).map_or(String::new(), |&x| percent(x)));
         [vec![skill.name().to_owned()], cells.to_vec()].concat()
     };
     table::print(&["accuracy", "base", "LoRA", "S'MoRE"], &Skill::ALL.map(|s| by_skill(&s)));
     println!();
     routers(&c.usage);
     println!("\nOne seed decides little: try `--seed 1`, `--seed 2`, ...");
-    println!("Everything is in {}; look at {}", c.folder.display(), c.folder.join("report.html").display());
+    println!(
+        "Everything is in {}; look at {}",
+        c.folder.display(),
+        c.folder.join("report.html").display()
+    );
 }
 
 /// How the routers used their experts, a line for each adapted map.

@@ -47,7 +47,9 @@ fn announce(prepared: &Prepared, asked: usize) {
         prepared.cutoff_len,
     );
     if prepared.cutoff_len < asked {
-        eprintln!("         data.cutoff_len {asked} is above the model's positions and was lowered");
+        eprintln!(
+            "         data.cutoff_len {asked} is above the model's positions and was lowered"
+        );
     }
     eprintln!(
         "adapter  {} trained parameters, {} steps",

@@ -54,7 +54,9 @@ fn losses(run: &Path) -> Vec<String> {
     text.lines()
         .map(|line| {
             let json: serde_json::Value = serde_json::from_str(line).unwrap();
-            ["loss", "eval_loss", "balance_loss", "grad_norm"].map(|k| json[k].to_string()).join(" ")
+            ["loss", "eval_loss", "balance_loss", "grad_norm"]
+                .map(|k| json[k].to_string())
+                .join(" ")
         })
         .collect()
 }

@@ -21,7 +21,8 @@ output_dir: run
     );
     std::fs::write(dir.path().join("run.yaml"), config).unwrap();
     let mut command = Command::cargo_bin("smore").unwrap();
-    let run = command.current_dir(dir.path()).args(["train", "--json", "run.yaml"]).assert().success();
+    let run =
+        command.current_dir(dir.path()).args(["train", "--json", "run.yaml"]).assert().success();
     let json: serde_json::Value = serde_json::from_slice(&run.get_output().stdout).unwrap();
     println!("{data}: {json}");
     let generate = |extra: &[&str]| {
@@ -42,7 +43,8 @@ fn held_out_loss_falls_below_the_bases() {
     let Some(shared) = std::env::var_os("SMORE_SHARED").map(PathBuf::from) else { return };
     let smore = "{kind: smore, layers: [{experts: 4, fanout: 2, rank: 4}, \
                  {experts: 4, fanout: 2, rank: 4}]}";
-    for data in ["data/corpus/tinystories_sample.jsonl", "data/datasets/codealpaca/code_alpaca_2k.json"]
+    for data in
+        ["data/corpus/tinystories_sample.jsonl", "data/datasets/codealpaca/code_alpaca_2k.json"]
     {
         let (before, after) = train(&shared, data, smore);
         assert!(after < before, "{data}: {before} -> {after}");

@@ -80,7 +80,9 @@ fn rotary() {
     let angles: Vec<f64> = numbers(6 * dim / 2, 4).iter().map(|a| a * 3.0).collect();
     let table: Vec<f64> = angles
         .chunks(dim / 2)
-        .flat_map(|a| a.iter().map(|a| a.cos()).chain(a.iter().map(|a| a.sin())).collect::<Vec<_>>())
+        .flat_map(|a| {
+            a.iter().map(|a| a.cos()).chain(a.iter().map(|a| a.sin())).collect::<Vec<_>>()
+        })
         .collect();
     let x = numbers(positions.len() * heads * dim, 5);
     let g = numbers(x.len(), 6);
@@ -177,9 +179,8 @@ fn attention() {
         m(&mut dk),
         m(&mut dv),
     );
-    let loss = |q: &[f64], k: &[f64], val: &[f64]| {
-        inner(&attention_by_definition(&shape, q, k, val), &g)
-    };
+    let loss =
+        |q: &[f64], k: &[f64], val: &[f64]| inner(&attention_by_definition(&shape, q, k, val), &g);
     check("q", &q, &dq, |q| loss(q, &k, &val));
     check("k", &k, &dk, |k| loss(&q, k, &val));
     check("v", &val, &dv, |val| loss(&q, &k, val));
@@ -202,14 +203,8 @@ fn cross_entropy_with_frozen_and_trained_head() {
     };
     let (mut dh, mut dhead) = (vec![0.0; n * d], vec![0.0; vocabulary * d]);
     let trained = MatrixRef::Trained(v(&head), vocabulary, d);
-    let losses = DEV().cross_entropy(
-        v(&h),
-        &targets,
-        trained,
-        0.5,
-        Some(m(&mut dh)),
-        Some(m(&mut dhead)),
-    );
+    let losses =
+        DEV().cross_entropy(v(&h), &targets, trained, 0.5, Some(m(&mut dh)), Some(m(&mut dhead)));
     let want = by_definition(&h, &head);
     assert!(losses.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-12));
     check("h", &h, &dh, |h| 0.5 * by_definition(h, &head).iter().sum::<f64>());

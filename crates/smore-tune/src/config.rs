@@ -119,11 +119,7 @@ pub struct ValidationConfig {
 
 impl Default for ValidationConfig {
     fn default() -> Self {
-        Self {
-            fraction: 0.1,
-            path: None,
-            format: None,
-        }
+        Self { fraction: 0.1, path: None, format: None }
     }
 }
 
@@ -217,9 +213,7 @@ impl RunConfig {
     /// Parses and validates `text`; `name` stands for the file in messages.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
         let config = yaml::parse(text, name)?;
-        config
-            .validate()
-            .map_err(|message| config_error(name, message))?;
+        config.validate().map_err(|message| config_error(name, message))?;
         Ok(config)
     }
 
@@ -241,12 +235,7 @@ impl RunConfig {
 
 impl DataConfig {
     fn validate(&self) -> std::result::Result<(), String> {
-        check(
-            !self.train.is_empty(),
-            "data.train",
-            "empty",
-            "at least one {path: FILE}",
-        )?;
+        check(!self.train.is_empty(), "data.train", "empty", "at least one {path: FILE}")?;
         let fraction = self.validation.fraction;
         check(
             (0.0..1.0).contains(&fraction),
@@ -255,26 +244,14 @@ impl DataConfig {
             "a number from 0 to below 1",
         )?;
         if self.validation.format.is_some() && self.validation.path.is_none() {
-            return Err(
-                "data.validation.format is given without data.validation.path; \
+            return Err("data.validation.format is given without data.validation.path; \
                         expected both or neither"
-                    .into(),
-            );
+                .into());
         }
         if let Some(n) = self.max_samples {
-            check(
-                n > 0,
-                "data.max_samples",
-                n,
-                "at least 1, or null for no limit",
-            )?;
+            check(n > 0, "data.max_samples", n, "at least 1, or null for no limit")?;
         }
-        check(
-            self.cutoff_len >= 2,
-            "data.cutoff_len",
-            self.cutoff_len,
-            "at least 2 tokens",
-        )
+        check(self.cutoff_len >= 2, "data.cutoff_len", self.cutoff_len, "at least 2 tokens")
     }
 }
 
@@ -286,68 +263,22 @@ impl TrainConfig {
         let below_one: Fits = |v| (0.0..1.0).contains(&v);
         let share: Fits = |v| (0.0..=1.0).contains(&v);
         let reals: [(&str, f64, Fits, &str); 8] = [
-            (
-                "learning_rate",
-                self.learning_rate,
-                positive,
-                "a positive number",
-            ),
-            (
-                "num_train_epochs",
-                self.num_train_epochs,
-                positive,
-                "a positive number",
-            ),
-            (
-                "warmup_ratio",
-                self.warmup_ratio,
-                share,
-                "a number from 0 to 1",
-            ),
-            (
-                "max_grad_norm",
-                self.max_grad_norm,
-                not_negative,
-                "a number from 0 up",
-            ),
-            (
-                "weight_decay",
-                self.weight_decay,
-                not_negative,
-                "a number from 0 up",
-            ),
-            (
-                "adam_beta1",
-                self.adam_beta1,
-                below_one,
-                "a number from 0 to below 1",
-            ),
-            (
-                "adam_beta2",
-                self.adam_beta2,
-                below_one,
-                "a number from 0 to below 1",
-            ),
-            (
-                "adam_epsilon",
-                self.adam_epsilon,
-                positive,
-                "a positive number",
-            ),
+            ("learning_rate", self.learning_rate, positive, "a positive number"),
+            ("num_train_epochs", self.num_train_epochs, positive, "a positive number"),
+            ("warmup_ratio", self.warmup_ratio, share, "a number from 0 to 1"),
+            ("max_grad_norm", self.max_grad_norm, not_negative, "a number from 0 up"),
+            ("weight_decay", self.weight_decay, not_negative, "a number from 0 up"),
+            ("adam_beta1", self.adam_beta1, below_one, "a number from 0 to below 1"),
+            ("adam_beta2", self.adam_beta2, below_one, "a number from 0 to below 1"),
+            ("adam_epsilon", self.adam_epsilon, positive, "a positive number"),
         ];
         for (key, value, fits, expected) in reals {
             check(fits(value), &format!("train.{key}"), value, expected)?;
         }
         let counts = [
             ("max_steps", self.max_steps.unwrap_or(1)),
-            (
-                "per_device_train_batch_size",
-                self.per_device_train_batch_size,
-            ),
-            (
-                "gradient_accumulation_steps",
-                self.gradient_accumulation_steps,
-            ),
+            ("per_device_train_batch_size", self.per_device_train_batch_size),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps),
         ];
         for (key, value) in counts {
             check(value > 0, &format!("train.{key}"), value, "at least 1")?;
@@ -363,18 +294,11 @@ fn check(
     got: impl fmt::Display,
     expected: &str,
 ) -> std::result::Result<(), String> {
-    if holds {
-        Ok(())
-    } else {
-        Err(format!("{key} is {got}; expected {expected}"))
-    }
+    if holds { Ok(()) } else { Err(format!("{key} is {got}; expected {expected}")) }
 }
 
 fn config_error(file: &str, message: impl Into<String>) -> Error {
-    Error::Config {
-        file: file.to_owned(),
-        message: message.into(),
-    }
+    Error::Config { file: file.to_owned(), message: message.into() }
 }
 
 #[cfg(test)]

@@ -36,9 +36,7 @@ fn message(text: &str) -> String {
 #[test]
 fn every_key_of_the_documented_shape_is_read() {
     let config = RunConfig::parse(FULL, "run.yaml").unwrap();
-    let AdapterConfig::Smore(smore) = &config.adapter else {
-        panic!("{:?}", config.adapter)
-    };
+    let AdapterConfig::Smore(smore) = &config.adapter else { panic!("{:?}", config.adapter) };
     assert_eq!(smore.layers[1].fanout, 3);
     assert_eq!(smore.gate.router_input_width, 24);
     assert_eq!(config.data.train[0].format, None);
@@ -47,10 +45,7 @@ fn every_key_of_the_documented_shape_is_read() {
     assert_eq!(config.data.max_samples, None);
     assert_eq!(config.data.cutoff_len, 512);
     let train = &config.train;
-    assert_eq!(
-        (train.learning_rate, train.num_train_epochs, train.seed),
-        (2e-4, 3.0, 7)
-    );
+    assert_eq!((train.learning_rate, train.num_train_epochs, train.seed), (2e-4, 3.0, 7));
     assert_eq!(train.lr_scheduler_type, LrScheduler::Linear);
     assert_eq!((train.save_steps, train.eval_steps), (100, 10));
     assert_eq!(config.output_dir, PathBuf::from("runs/my-run"));
@@ -92,48 +87,26 @@ fn an_unknown_key_names_its_line_and_the_nearest_key() {
     let cases = [
         ("output_dir: o", "output_dri: o", 4, "output_dir"),
         ("rank: 4", "rnk: 4", 2, "rank"),
-        (
-            "{path: d.jsonl}",
-            "{path: d.jsonl, formt: text}",
-            3,
-            "format",
-        ),
+        ("{path: d.jsonl}", "{path: d.jsonl, formt: text}", 3, "format"),
         ("]}", "], cutoff_length: 9}", 3, "cutoff_len"),
         ("]}", "], validation: {fractoin: 0.1}}", 3, "fraction"),
-        (
-            "output_dir: o",
-            "output_dir: o\ntrain:\n  learning_rat: 1",
-            6,
-            "learning_rate",
-        ),
+        ("output_dir: o", "output_dir: o\ntrain:\n  learning_rat: 1", 6, "learning_rate"),
     ];
     for (from, to, line, hint) in cases {
         let text = message(&SMALL.replace(from, to));
-        assert!(
-            text.starts_with(&format!("run.yaml: line {line}, column ")),
-            "{text}"
-        );
+        assert!(text.starts_with(&format!("run.yaml: line {line}, column ")), "{text}");
         assert!(text.contains(&format!("did you mean `{hint}`?")), "{text}");
     }
     let text = message(&FULL.replace("balance_weight", "balance_wieght"));
-    assert!(
-        text.contains("line 9") && text.contains("did you mean `balance_weight`?"),
-        "{text}"
-    );
+    assert!(text.contains("line 9") && text.contains("did you mean `balance_weight`?"), "{text}");
     let text = message(&FULL.replace("{experts: 4, fanout: 2", "{expert: 4, fanout: 2"));
-    assert!(
-        text.contains("line 7") && text.contains("did you mean `experts`?"),
-        "{text}"
-    );
+    assert!(text.contains("line 7") && text.contains("did you mean `experts`?"), "{text}");
 }
 
 #[test]
 fn a_key_of_another_kind_is_unknown() {
     let text = message(&SMALL.replace("kind: lora, rank: 4", "kind: full, rank: 4"));
-    assert!(
-        text.contains("unknown key `rank`; expected one of from_scratch"),
-        "{text}"
-    );
+    assert!(text.contains("unknown key `rank`; expected one of from_scratch"), "{text}");
     let text = message(&SMALL.replace("kind: lora", "kind: lroa"));
     assert_eq!(
         text,
@@ -144,22 +117,10 @@ fn a_key_of_another_kind_is_unknown() {
 #[test]
 fn values_out_of_range_name_key_and_expectation() {
     let cases = [
-        (
-            "learning_rate: -1",
-            "train.learning_rate is -1; expected a positive number",
-        ),
-        (
-            "learning_rate: .nan",
-            "line 5, column 24: `.nan` is not a finite number",
-        ),
-        (
-            "learning_rate: -.inf",
-            "line 5, column 24: `-.inf` is not a finite number",
-        ),
-        (
-            "num_train_epochs: 0",
-            "train.num_train_epochs is 0; expected a positive number",
-        ),
+        ("learning_rate: -1", "train.learning_rate is -1; expected a positive number"),
+        ("learning_rate: .nan", "line 5, column 24: `.nan` is not a finite number"),
+        ("learning_rate: -.inf", "line 5, column 24: `-.inf` is not a finite number"),
+        ("num_train_epochs: 0", "train.num_train_epochs is 0; expected a positive number"),
         ("max_steps: 0", "train.max_steps is 0; expected at least 1"),
         (
             "per_device_train_batch_size: 0",
@@ -169,34 +130,16 @@ fn values_out_of_range_name_key_and_expectation() {
             "gradient_accumulation_steps: 0",
             "train.gradient_accumulation_steps is 0; expected at least 1",
         ),
-        (
-            "warmup_ratio: 1.5",
-            "train.warmup_ratio is 1.5; expected a number from 0 to 1",
-        ),
-        (
-            "max_grad_norm: -2",
-            "train.max_grad_norm is -2; expected a number from 0 up",
-        ),
-        (
-            "adam_beta2: 1",
-            "train.adam_beta2 is 1; expected a number from 0 to below 1",
-        ),
+        ("warmup_ratio: 1.5", "train.warmup_ratio is 1.5; expected a number from 0 to 1"),
+        ("max_grad_norm: -2", "train.max_grad_norm is -2; expected a number from 0 up"),
+        ("adam_beta2: 1", "train.adam_beta2 is 1; expected a number from 0 to below 1"),
     ];
     for (train, expected) in cases {
-        assert_eq!(
-            message(&format!("{SMALL}train: {{{train}}}")),
-            format!("run.yaml: {expected}")
-        );
+        assert_eq!(message(&format!("{SMALL}train: {{{train}}}")), format!("run.yaml: {expected}"));
     }
     let cases = [
-        (
-            "train: []",
-            "data.train is empty; expected at least one {path: FILE}",
-        ),
-        (
-            "train: [{path: d}], cutoff_len: 1",
-            "data.cutoff_len is 1; expected at least 2 tokens",
-        ),
+        ("train: []", "data.train is empty; expected at least one {path: FILE}"),
+        ("train: [{path: d}], cutoff_len: 1", "data.cutoff_len is 1; expected at least 2 tokens"),
         (
             "train: [{path: d}], validation: {fraction: 1}",
             "data.validation.fraction is 1; expected a number from 0 to below 1",
@@ -219,48 +162,24 @@ fn values_out_of_range_name_key_and_expectation() {
 #[test]
 fn wrong_types_and_missing_keys_name_the_line() {
     let text = message(&SMALL.replace("rank: 4", "rank: four"));
-    assert_eq!(
-        text,
-        "run.yaml: line 2, column 29: value is `four`; expected a whole number"
-    );
+    assert_eq!(text, "run.yaml: line 2, column 29: value is `four`; expected a whole number");
     let text = message(&format!("{SMALL}train: {{learning_rate: fast}}"));
-    assert_eq!(
-        text,
-        "run.yaml: line 5, column 24: value is `fast`; expected a number"
-    );
+    assert_eq!(text, "run.yaml: line 5, column 24: value is `fast`; expected a number");
     let text = message(&SMALL.replace("output_dir: o\n", ""));
     assert!(text.contains("`output_dir` is missing"), "{text}");
     let text = message(&SMALL.replace("kind: lora, ", ""));
-    assert!(
-        text.contains("line 2") && text.contains("`kind` is missing"),
-        "{text}"
-    );
+    assert!(text.contains("line 2") && text.contains("`kind` is missing"), "{text}");
     let text = message(&format!("{SMALL}output_dir: p\n"));
-    assert!(
-        text.contains("line 5") && text.contains("`output_dir` is given twice"),
-        "{text}"
-    );
+    assert!(text.contains("line 5") && text.contains("`output_dir` is given twice"), "{text}");
     let text = message(&format!("{SMALL}train: {{lr_scheduler_type: cosin}}"));
-    assert!(
-        text.contains("line 5") && text.contains("did you mean `cosine`?"),
-        "{text}"
-    );
+    assert!(text.contains("line 5") && text.contains("did you mean `cosine`?"), "{text}");
 }
 
 #[test]
 fn no_text_makes_it_panic() {
-    for text in [
-        "",
-        "null",
-        "[]",
-        "3",
-        "adapter: 3",
-        "adapter: {kind: {}}",
-        "a: b: c",
-        "\t",
-        "{",
-        "\u{0}",
-    ] {
+    for text in
+        ["", "null", "[]", "3", "adapter: 3", "adapter: {kind: {}}", "a: b: c", "\t", "{", "\u{0}"]
+    {
         message(text);
     }
     for end in 0..FULL.len() {
@@ -271,9 +190,6 @@ fn no_text_makes_it_panic() {
 #[test]
 fn a_missing_file_says_what_was_expected() {
     let error = RunConfig::load(Path::new("no/such.yaml")).unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "no/such.yaml: not found; expected a run configuration in YAML"
-    );
+    assert_eq!(error.to_string(), "no/such.yaml: not found; expected a run configuration in YAML");
     assert_eq!(error.exit_code(), 2);
 }

@@ -92,15 +92,9 @@ impl Error {
     /// is nothing, [`Error::Io`] otherwise.
     pub fn reading(path: &Path, what: &str, source: io::Error) -> Self {
         if source.kind() == io::ErrorKind::NotFound {
-            Self::Missing {
-                path: path.to_owned(),
-                what: what.to_owned(),
-            }
+            Self::Missing { path: path.to_owned(), what: what.to_owned() }
         } else {
-            Self::Io {
-                path: path.to_owned(),
-                source,
-            }
+            Self::Io { path: path.to_owned(), source }
         }
     }
 }
@@ -134,11 +128,8 @@ mod tests {
             message: "field `output` is missing".into(),
         };
         assert_eq!(error.to_string(), "a.jsonl:3: field `output` is missing");
-        let error = Error::Data {
-            file: "a.jsonl".into(),
-            line: None,
-            message: "no records".into(),
-        };
+        let error =
+            Error::Data { file: "a.jsonl".into(), line: None, message: "no records".into() };
         assert_eq!(error.to_string(), "a.jsonl: no records");
     }
 
@@ -147,15 +138,8 @@ mod tests {
         let path = Path::new("x/tokenizer.json");
         let missing = Error::reading(path, "the tokenizer", io::ErrorKind::NotFound.into());
         assert_eq!(missing.exit_code(), 2);
-        assert_eq!(
-            missing.to_string(),
-            "x/tokenizer.json: not found; expected the tokenizer"
-        );
-        let denied = Error::reading(
-            path,
-            "the tokenizer",
-            io::ErrorKind::PermissionDenied.into(),
-        );
+        assert_eq!(missing.to_string(), "x/tokenizer.json: not found; expected the tokenizer");
+        let denied = Error::reading(path, "the tokenizer", io::ErrorKind::PermissionDenied.into());
         assert_eq!(denied.exit_code(), 1);
     }
 

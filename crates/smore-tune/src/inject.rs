@@ -80,7 +80,8 @@ impl Adapters {
             AdapterConfig::Lora(c) => &c.targets,
             AdapterConfig::Full(_) => return Ok(Self::none(spec)),
         };
-        let mut projs = targets.iter().map(|t| Proj::parse(t)).collect::<std::result::Result<Vec<_>, _>>()?;
+        let mut projs =
+            targets.iter().map(|t| Proj::parse(t)).collect::<std::result::Result<Vec<_>, _>>()?;
         projs.sort();
         projs.dedup();
         if projs.is_empty() {

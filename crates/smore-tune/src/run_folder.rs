@@ -37,8 +37,7 @@ impl RunFolder {
     /// # Errors
     /// If it cannot be written.
     pub fn metric(&mut self, metric: &Metric) -> Result<()> {
-        let failed =
-            |source| Error::Io { path: self.path.join("metrics.jsonl"), source };
+        let failed = |source| Error::Io { path: self.path.join("metrics.jsonl"), source };
         let line = serde_json::to_string(metric).map_err(|e| failed(std::io::Error::other(e)))?;
         writeln!(self.metrics_file, "{line}").map_err(failed)?;
         self.metrics.push(metric.clone());

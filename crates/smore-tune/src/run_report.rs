@@ -8,8 +8,8 @@ pub fn curves(runs: &[(&str, &[Metric])]) -> Vec<Section> {
     let series = |name: String, point: fn(&Metric) -> Option<(f64, f64)>, metrics: &[Metric]| {
         Series { name, points: metrics.iter().filter_map(point).collect() }
     };
-    let curve = |heading: &str, y: &str, point: fn(&Metric) -> Option<(f64, f64)>| {
-        Section::Curves {
+    let curve =
+        |heading: &str, y: &str, point: fn(&Metric) -> Option<(f64, f64)>| Section::Curves {
             heading: heading.into(),
             note: String::new(),
             x_label: "step".into(),
@@ -20,8 +20,7 @@ pub fn curves(runs: &[(&str, &[Metric])]) -> Vec<Section> {
                 .map(|(n, m)| series((*n).to_owned(), point, m))
                 .filter(|s| !s.points.is_empty())
                 .collect(),
-        }
-    };
+        };
     let any = |test: fn(&Metric) -> bool| runs.iter().any(|(_, m)| m.iter().any(test));
     let mut sections = vec![curve("Training loss", "nats per answer token", |m| match m {
         Metric::Step(m) => Some((m.step as f64, m.loss)),

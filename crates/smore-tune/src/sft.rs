@@ -147,8 +147,7 @@ impl Prepared {
         let spec = DecoderSpec::read(&config.model.join("config.json"))?;
         let tokenizer = Tokenizer::open(&config.model)?;
         let template = Template::open(&config.model, &tokenizer)?;
-        let adapters =
-            Adapters::new(&config.adapter, &spec).map_err(|m| config_error(name, m))?;
+        let adapters = Adapters::new(&config.adapter, &spec).map_err(|m| config_error(name, m))?;
         let mut data_config = config.data.clone();
         data_config.cutoff_len = data_config.cutoff_len.min(spec.max_positions);
         let cutoff_len = data_config.cutoff_len;
@@ -394,10 +393,7 @@ fn accumulate(
         })
         .collect();
     let trained_tokens: usize = batches.iter().map(|b| b.targets.len()).sum();
-    let scales = Scales {
-        loss: 1.0 / trained_tokens as f64,
-        balance: 1.0 / batches.len() as f64,
-    };
+    let scales = Scales { loss: 1.0 / trained_tokens as f64, balance: 1.0 / batches.len() as f64 };
     let (mut loss, mut balance_loss) = (0.0, 0.0);
     for (i, batch) in batches.iter().enumerate() {
         let step = window.first_micro_batch + i as u64;

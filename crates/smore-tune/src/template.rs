@@ -36,10 +36,7 @@ pub struct Message {
 impl Message {
     /// A message of `role`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self {
-            role: role.into(),
-            content: content.into(),
-        }
+        Self { role: role.into(), content: content.into() }
     }
 
     /// Whether the assistant says it.
@@ -120,9 +117,7 @@ impl Template {
     pub fn from_source(name: &str, source: &str, tokenizer: &Tokenizer) -> Result<Self> {
         let (source, marks_answers) = jinja::generation_as_filter(source);
         let mut environment = jinja::environment();
-        environment
-            .add_template_owned("chat", source)
-            .map_err(|e| template_error(name, &e))?;
+        environment.add_template_owned("chat", source).map_err(|e| template_error(name, &e))?;
         let kind = Kind::Jinja(Box::new(JinjaTemplate {
             name: name.to_owned(),
             environment,
@@ -160,11 +155,7 @@ impl Template {
     /// tokenizer.
     pub fn encode_prompt(&self, tokenizer: &Tokenizer, messages: &[Message]) -> Result<Vec<u32>> {
         let text = self.render(messages, true)?;
-        if self.is_plain() {
-            tokenizer.encode_with_special(&text)
-        } else {
-            tokenizer.encode(&text)
-        }
+        if self.is_plain() { tokenizer.encode_with_special(&text) } else { tokenizer.encode(&text) }
     }
 
     /// The conversation up to its last answer as one text, and the bytes of it that are trained:
@@ -184,10 +175,7 @@ impl Template {
             ));
         };
         let messages = &messages[..=last];
-        if messages
-            .iter()
-            .any(|message| message.content.contains(MARKS))
-        {
+        if messages.iter().any(|message| message.content.contains(MARKS)) {
             return Err(self.error(
                 "a message contains one of the noncharacters U+FDD0 to U+FDD3, which mark answers \
                  while rendering; remove it",
@@ -257,9 +245,8 @@ impl Template {
         let marked: Vec<Message> = messages.iter().map(mark_answer).collect();
         let marked = self.render_jinja(jinja, &marked, false)?;
         let ends = mark_places(&marked, ANSWER_END);
-        let answers: Vec<usize> = (0..messages.len())
-            .filter(|&i| messages[i].is_answer())
-            .collect();
+        let answers: Vec<usize> =
+            (0..messages.len()).filter(|&i| messages[i].is_answer()).collect();
         if without_marks(&marked) != text || ends.len() != answers.len() {
             return Err(self.error(
                 "an answer cannot be found in the rendered conversation, because the template \
@@ -272,10 +259,7 @@ impl Template {
         let mut ranges = Vec::with_capacity(answers.len());
         for (nth, (&i, &end)) in answers.iter().zip(&ends).enumerate() {
             let prompt = without_marks(&self.render_jinja(jinja, &messages[..i], true)?);
-            let content = starts
-                .get(nth)
-                .copied()
-                .filter(|_| starts.len() == ends.len());
+            let content = starts.get(nth).copied().filter(|_| starts.len() == ends.len());
             // A prompt that opens a thought, say, does not occur in front of a plain answer.
             let start = if text.starts_with(&prompt) && prompt.len() <= content.unwrap_or(end) {
                 prompt.len()
@@ -289,11 +273,7 @@ impl Template {
                 })?
             };
             let rest = &text[end..];
-            let ending = if rest.starts_with(&end_of_turn) {
-                end_of_turn.len()
-            } else {
-                0
-            };
+            let ending = if rest.starts_with(&end_of_turn) { end_of_turn.len() } else { 0 };
             ranges.push(start..end + ending);
         }
         Ok((text, ranges))
@@ -306,10 +286,7 @@ impl Template {
         let space = rest.len() - trimmed.len();
         let is_eos = |token: &&str| !token.is_empty() && trimmed.starts_with(*token);
         let added = jinja.added_tokens.iter().map(String::as_str);
-        let token = added
-            .chain([self.eos_token.as_str()])
-            .filter(is_eos)
-            .max_by_key(|t| t.len());
+        let token = added.chain([self.eos_token.as_str()]).filter(is_eos).max_by_key(|t| t.len());
         token.map_or_else(String::new, |token| rest[..space + token.len()].to_owned())
     }
 
@@ -318,10 +295,7 @@ impl Template {
             Kind::Plain => "plain",
             Kind::Jinja(jinja) => &jinja.name,
         };
-        Error::Template {
-            name: name.to_owned(),
-            message: message.to_owned(),
-        }
+        Error::Template { name: name.to_owned(), message: message.to_owned() }
     }
 }
 
@@ -332,17 +306,11 @@ fn mark_answer(message: &Message) -> Message {
     }
     let content = &message.content;
     let text = content.trim();
-    let before = if text.is_empty() {
-        content.len()
-    } else {
-        content.len() - content.trim_start().len()
-    };
+    let before =
+        if text.is_empty() { content.len() } else { content.len() - content.trim_start().len() };
     let (space, rest) = content.split_at(before);
     let (text, tail) = rest.split_at(text.len());
-    Message::new(
-        &message.role,
-        format!("{space}{ANSWER_START}{text}{ANSWER_END}{tail}"),
-    )
+    Message::new(&message.role, format!("{space}{ANSWER_START}{text}{ANSWER_END}{tail}"))
 }
 
 /// Where `mark` stands, counted in bytes of the text without any marks.
@@ -362,11 +330,7 @@ fn mark_places(marked: &str, mark: char) -> Vec<usize> {
 
 fn marked_ranges(marked: &str, start: char, end: char) -> Vec<Range<usize>> {
     let (starts, ends) = (mark_places(marked, start), mark_places(marked, end));
-    starts
-        .into_iter()
-        .zip(ends)
-        .map(|(start, end)| start..end)
-        .collect()
+    starts.into_iter().zip(ends).map(|(start, end)| start..end).collect()
 }
 
 fn without_marks(text: &str) -> String {
@@ -377,17 +341,11 @@ fn template_error(name: &str, error: &minijinja::Error) -> Error {
     let message = match (error.kind(), error.detail()) {
         // What a template raises is meant for the user as it stands.
         (ErrorKind::InvalidOperation, Some(detail)) if detail.starts_with(jinja::RAISED) => {
-            format!(
-                "refused the conversation: {}",
-                &detail[jinja::RAISED.len()..]
-            )
+            format!("refused the conversation: {}", &detail[jinja::RAISED.len()..])
         }
         _ => error.to_string(),
     };
-    Error::Template {
-        name: name.to_owned(),
-        message,
-    }
+    Error::Template { name: name.to_owned(), message }
 }
 
 #[cfg(test)]

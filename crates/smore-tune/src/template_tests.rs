@@ -21,10 +21,7 @@ fn template(source: &str) -> Template {
 }
 
 fn chat(turns: &[(&str, &str)]) -> Vec<Message> {
-    turns
-        .iter()
-        .map(|(role, content)| Message::new(*role, *content))
-        .collect()
+    turns.iter().map(|(role, content)| Message::new(*role, *content)).collect()
 }
 
 /// The trained pieces of a conversation, checked to be pieces of the rendered text.
@@ -32,10 +29,7 @@ fn trained(template: &Template, turns: &[(&str, &str)]) -> Vec<String> {
     let messages = chat(turns);
     let (text, ranges) = template.render_training(&messages).unwrap();
     assert_eq!(text, template.render(&messages, false).unwrap());
-    ranges
-        .into_iter()
-        .map(|range| text[range].to_owned())
-        .collect()
+    ranges.into_iter().map(|range| text[range].to_owned()).collect()
 }
 
 fn refusal(template: &Template, turns: &[(&str, &str)]) -> String {
@@ -51,31 +45,15 @@ fn the_plain_form() {
     assert_eq!(plain.render(&chat(&turns), false).unwrap(), "S\nQ\nA</s>");
     assert_eq!(plain.render(&chat(&turns[..2]), true).unwrap(), "S\nQ\n");
     assert_eq!(trained(&plain, &turns), ["A</s>"]);
-    let turns = [
-        ("user", "Q"),
-        ("assistant", "A"),
-        ("user", "R"),
-        ("assistant", "B"),
-    ];
-    assert_eq!(
-        plain.render(&chat(&turns), false).unwrap(),
-        "Q\nA</s>\nR\nB</s>"
-    );
+    let turns = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")];
+    assert_eq!(plain.render(&chat(&turns), false).unwrap(), "Q\nA</s>\nR\nB</s>");
     assert_eq!(trained(&plain, &turns), ["A</s>", "B</s>"]);
 }
 
 #[test]
 fn an_answer_and_its_end_of_turn_are_trained_and_nothing_else() {
-    let turns = [
-        ("user", "Q"),
-        ("assistant", " A\n"),
-        ("user", "A"),
-        ("assistant", ""),
-    ];
-    assert_eq!(
-        trained(&template(CHATML), &turns),
-        ["A<|im_end|>", "<|im_end|>"]
-    );
+    let turns = [("user", "Q"), ("assistant", " A\n"), ("user", "A"), ("assistant", "")];
+    assert_eq!(trained(&template(CHATML), &turns), ["A<|im_end|>", "<|im_end|>"]);
 }
 
 #[test]
@@ -83,12 +61,7 @@ fn what_follows_the_end_of_turn_is_not_trained() {
     // In the way of Phi-3.5: EOS behind the conversation if no answer is to follow.
     let source = "{% for m in messages %}<|system|>{{ m.role }}|{{ m.content }}<|end|>\n{% endfor %}\
                   {% if add_generation_prompt %}<|system|>assistant|{% else %}{{ eos_token }}{% endif %}";
-    let turns = [
-        ("user", "Q"),
-        ("assistant", "A"),
-        ("user", "R"),
-        ("assistant", "B"),
-    ];
+    let turns = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")];
     assert_eq!(trained(&template(source), &turns), ["A<|end|>", "B<|end|>"]);
     // No end of turn at all: the header of the next turn is not one.
     let source = "{% for m in messages %}<|system|>{{ m.role }}|{{ m.content }}{% endfor %}\
@@ -103,12 +76,7 @@ fn a_thought_that_the_template_puts_in_front_is_trained_where_the_prompt_leaves_
                   {% if loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{{ m.content }}<|im_end|>\n\
                   {% else %}<|im_start|>user\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}\
                   {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
-    let turns = [
-        ("user", "Q"),
-        ("assistant", "A"),
-        ("user", "R"),
-        ("assistant", "B"),
-    ];
+    let turns = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")];
     assert_eq!(
         trained(&template(source), &turns),
         ["A<|im_end|>", "<think>\n\n</think>\n\nB<|im_end|>"]
@@ -116,14 +84,8 @@ fn a_thought_that_the_template_puts_in_front_is_trained_where_the_prompt_leaves_
     // In the way of DeepSeek R1: the prompt opens a thought that training texts do not have.
     let source = CHATML
         .replace("assistant\\n' }}", "assistant\\n<think>' }}")
-        .replace(
-            "'<|im_start|>assistant\n'",
-            "'<|im_start|>assistant\n<think>'",
-        );
-    assert_eq!(
-        trained(&template(&source), &turns),
-        ["A<|im_end|>", "B<|im_end|>"]
-    );
+        .replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>'");
+    assert_eq!(trained(&template(&source), &turns), ["A<|im_end|>", "B<|im_end|>"]);
 }
 
 #[test]
@@ -132,16 +94,8 @@ fn generation_marks_decide() {
                   {% generation %}\n{{ m.content }}!{% endgeneration %}\n\
                   {%- else %}[U]{{ m.content }}{% endif %}{% endfor %}";
     let template = template(source);
-    let turns = [
-        ("user", "Q"),
-        ("assistant", "A"),
-        ("user", "R"),
-        ("assistant", "B"),
-    ];
-    assert_eq!(
-        template.render(&chat(&turns), false).unwrap(),
-        "[U]Q[A]\nA![U]R[A]\nB!"
-    );
+    let turns = [("user", "Q"), ("assistant", "A"), ("user", "R"), ("assistant", "B")];
+    assert_eq!(template.render(&chat(&turns), false).unwrap(), "[U]Q[A]\nA![U]R[A]\nB!");
     assert_eq!(trained(&template, &turns), ["A!", "B!"]);
 }
 
@@ -154,10 +108,7 @@ fn refusals_name_the_remedy() {
     assert!(refusal(&doubling, &[("user", "Q"), ("assistant", "A")]).contains("{% generation %}"));
     let raising = template("{{ raise_exception('System role not supported') }}");
     let text = refusal(&raising, &[("user", "Q"), ("assistant", "A")]);
-    assert_eq!(
-        text,
-        "chat template test: refused the conversation: System role not supported"
-    );
+    assert_eq!(text, "chat template test: refused the conversation: System role not supported");
     let error = Template::from_source("bad", "{% for %}", &tokenizer()).unwrap_err();
     assert!(matches!(error, Error::Template { name, .. } if name == "bad"));
 }
@@ -166,19 +117,14 @@ fn refusals_name_the_remedy() {
 fn messages_behind_the_last_answer_are_left_out() {
     let turns = [("user", "Q"), ("assistant", "A"), ("user", "R")];
     let (text, _) = template(CHATML).render_training(&chat(&turns)).unwrap();
-    assert_eq!(
-        text,
-        template(CHATML).render(&chat(&turns[..2]), false).unwrap()
-    );
+    assert_eq!(text, template(CHATML).render(&chat(&turns[..2]), false).unwrap());
 }
 
 #[test]
 fn prompts_are_encoded_as_in_training() {
     let notes = serde_json::json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
     let dir = tempfile::tempdir().unwrap();
-    byte_level()
-        .save(dir.path().join("tokenizer.json"), false)
-        .unwrap();
+    byte_level().save(dir.path().join("tokenizer.json"), false).unwrap();
     fs::write(dir.path().join("tokenizer_config.json"), notes.to_string()).unwrap();
     let tokenizer = Tokenizer::open(dir.path()).unwrap();
     let bos = tokenizer.bos_id().unwrap();
@@ -204,17 +150,8 @@ fn the_template_is_found_where_models_keep_it() {
     let list = r#"{"chat_template": [{"name": "rag", "template": "no"}, {"name": "default", "template": "two"}]}"#;
     fs::write(&config, list).unwrap();
     assert_eq!(rendered().unwrap(), "two");
-    fs::write(
-        &config,
-        r#"{"chat_template": [{"name": "rag", "template": "no"}]}"#,
-    )
-    .unwrap();
-    assert!(
-        rendered()
-            .unwrap_err()
-            .to_string()
-            .contains("chat_template.jinja")
-    );
+    fs::write(&config, r#"{"chat_template": [{"name": "rag", "template": "no"}]}"#).unwrap();
+    assert!(rendered().unwrap_err().to_string().contains("chat_template.jinja"));
     fs::write(dir.path().join("chat_template.jinja"), "three").unwrap();
     assert_eq!(rendered().unwrap(), "three");
 }

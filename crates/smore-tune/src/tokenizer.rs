@@ -39,10 +39,8 @@ impl Tokenizer {
             });
         }
         let bytes = fs::read(&file).map_err(|e| Error::reading(&file, "the tokenizer", e))?;
-        let inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|e| Error::Model {
-            file: file.clone(),
-            message: e.to_string(),
-        })?;
+        let inner = tokenizers::Tokenizer::from_bytes(&bytes)
+            .map_err(|e| Error::Model { file: file.clone(), message: e.to_string() })?;
         let notes = Notes::read(model_dir)?;
         Self::assemble(inner, file, &notes)
     }
@@ -59,26 +57,20 @@ impl Tokenizer {
                 tokenizer_config.insert(key.into(), token.into());
             }
         }
-        let notes = Notes {
-            tokenizer_config: tokenizer_config.into(),
-            ..Notes::default()
-        };
+        let notes = Notes { tokenizer_config: tokenizer_config.into(), ..Notes::default() };
         Self::assemble(inner, PathBuf::from("tokenizer"), &notes)
     }
 
     fn assemble(mut inner: tokenizers::Tokenizer, file: PathBuf, notes: &Notes) -> Result<Self> {
         // Both are for batches in Python; here they would silently change what is trained on.
         inner.with_padding(None);
-        inner.with_truncation(None).map_err(|e| Error::Model {
-            file: file.clone(),
-            message: e.to_string(),
-        })?;
+        inner
+            .with_truncation(None)
+            .map_err(|e| Error::Model { file: file.clone(), message: e.to_string() })?;
 
         let bos = special(&mut inner, &file, notes, "bos")?;
         let eos = special(&mut inner, &file, notes, "eos")?;
-        let pad_id = notes
-            .token("pad")
-            .and_then(|token| inner.token_to_id(&token));
+        let pad_id = notes.token("pad").and_then(|token| inner.token_to_id(&token));
         let mut stop_ids: BTreeSet<u32> = eos.iter().map(|(_, id)| *id).collect();
         stop_ids.extend(ids(&notes.generation_config["eos_token_id"]));
         stop_ids.extend(ids(&notes.config["eos_token_id"]));
@@ -116,8 +108,7 @@ impl Tokenizer {
 
     /// The BOS that belongs in front of `ids`, if this tokenizer adds one and it is not yet there.
     pub(crate) fn bos_to_add(&self, ids: &[u32]) -> Option<u32> {
-        self.bos_id()
-            .filter(|bos| self.adds_bos && ids.first() != Some(bos))
+        self.bos_id().filter(|bos| self.adds_bos && ids.first() != Some(bos))
     }
 
     /// The ids of `text` with the bytes each one covers, no special token added.
@@ -140,19 +131,12 @@ impl Tokenizer {
 
     /// The text of `ids`; special tokens are left out if `skip_special`.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner
-            .decode(ids, skip_special)
-            .map_err(|e| self.error(&e))
+        self.inner.decode(ids, skip_special).map_err(|e| self.error(&e))
     }
 
     /// Decodes token by token, special tokens left out.
     pub fn stream(&self) -> DecodeStream<'_> {
-        DecodeStream {
-            tokenizer: self,
-            ids: Vec::new(),
-            prefix: 0,
-            read: 0,
-        }
+        DecodeStream { tokenizer: self, ids: Vec::new(), prefix: 0, read: 0 }
     }
 
     /// The id that begins a sequence.
@@ -203,11 +187,7 @@ impl Tokenizer {
 
     /// Texts of all added tokens, special or not.
     pub(crate) fn added_tokens(&self) -> BTreeSet<String> {
-        self.inner
-            .get_added_tokens_decoder()
-            .into_values()
-            .map(|token| token.content)
-            .collect()
+        self.inner.get_added_tokens_decoder().into_values().map(|token| token.content).collect()
     }
 
     fn encode_with(&self, text: &str, special: bool) -> Result<tokenizers::Encoding> {
@@ -215,10 +195,7 @@ impl Tokenizer {
     }
 
     fn error(&self, error: &tokenizers::Error) -> Error {
-        Error::Model {
-            file: self.file.clone(),
-            message: error.to_string(),
-        }
+        Error::Model { file: self.file.clone(), message: error.to_string() }
     }
 }
 
@@ -244,9 +221,8 @@ fn special(
         return Ok(Some((token, id)));
     }
     let key = format!("{which}_token_id");
-    let id = [&notes.generation_config, &notes.config]
-        .into_iter()
-        .find_map(|v| ids(&v[&key]).next());
+    let id =
+        [&notes.generation_config, &notes.config].into_iter().find_map(|v| ids(&v[&key]).next());
     Ok(id.and_then(|id| {
         let token = inner.id_to_token(id)?;
         inner.add_special_tokens(&[AddedToken::from(token.clone(), true)]);
@@ -257,14 +233,8 @@ fn special(
 /// The ids in a value that is an id or a list of ids.
 fn ids(value: &Value) -> impl Iterator<Item = u32> {
     let one = value.as_u64();
-    let many = value
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_u64);
-    one.into_iter()
-        .chain(many)
-        .filter_map(|id| u32::try_from(id).ok())
+    let many = value.as_array().into_iter().flatten().filter_map(Value::as_u64);
+    one.into_iter().chain(many).filter_map(|id| u32::try_from(id).ok())
 }
 
 /// The JSON files around `tokenizer.json`; null where absent.
@@ -289,15 +259,10 @@ impl Notes {
     /// The text of `bos`, `eos` or `pad`: a string, or an object with `content`.
     fn token(&self, which: &str) -> Option<String> {
         let key = format!("{which}_token");
-        [&self.tokenizer_config, &self.special_tokens_map]
-            .into_iter()
-            .find_map(|notes| {
-                let token = &notes[&key];
-                token
-                    .as_str()
-                    .or_else(|| token["content"].as_str())
-                    .map(str::to_owned)
-            })
+        [&self.tokenizer_config, &self.special_tokens_map].into_iter().find_map(|notes| {
+            let token = &notes[&key];
+            token.as_str().or_else(|| token["content"].as_str()).map(str::to_owned)
+        })
     }
 }
 
@@ -309,10 +274,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Value> {
             message: format!("not valid JSON: {e}"),
         }),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(source) => Err(Error::Io {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) => Err(Error::Io { path: path.to_owned(), source }),
     }
 }
 
@@ -347,9 +309,7 @@ impl DecodeStream<'_> {
     }
 
     fn piece(&mut self, last: bool) -> Result<Option<String>> {
-        let before = self
-            .tokenizer
-            .decode(&self.ids[self.prefix..self.read], true)?;
+        let before = self.tokenizer.decode(&self.ids[self.prefix..self.read], true)?;
         let text = self.tokenizer.decode(&self.ids[self.prefix..], true)?;
         let Some(piece) = text.strip_prefix(before.as_str()) else {
             return Ok(None);
@@ -359,11 +319,7 @@ impl DecodeStream<'_> {
         }
         // A group without text of its own cannot keep a space alive: the window still needs the
         // one before it.
-        if !self
-            .tokenizer
-            .decode(&self.ids[self.read..], true)?
-            .is_empty()
-        {
+        if !self.tokenizer.decode(&self.ids[self.read..], true)?.is_empty() {
             self.prefix = self.read;
         }
         self.read = self.ids.len();
@@ -375,9 +331,7 @@ impl DecodeStream<'_> {
     fn is_byte_or_special(&self, id: u32) -> bool {
         let inner = &self.tokenizer.inner;
         inner.id_to_token(id).is_none_or(|token| {
-            let hex = token
-                .strip_prefix("<0x")
-                .and_then(|rest| rest.strip_suffix('>'));
+            let hex = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
             hex.is_some_and(|hex| hex.len() == 2 && u8::from_str_radix(hex, 16).is_ok())
                 || inner.get_added_vocabulary().is_special_token(&token)
         })

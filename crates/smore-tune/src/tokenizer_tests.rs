@@ -25,14 +25,10 @@ pub(crate) fn byte_level() -> tokenizers::Tokenizer {
         .collect();
     let next = vocab.len() as u32;
     vocab.insert("Ġa".into(), next);
-    let model = BPE::builder()
-        .vocab_and_merges(vocab, vec![("Ġ".into(), "a".into())])
-        .build()
-        .unwrap();
+    let model =
+        BPE::builder().vocab_and_merges(vocab, vec![("Ġ".into(), "a".into())]).build().unwrap();
     let mut tokenizer = tokenizers::Tokenizer::new(model);
-    let byte_level = ByteLevel::default()
-        .add_prefix_space(false)
-        .trim_offsets(true);
+    let byte_level = ByteLevel::default().add_prefix_space(false).trim_offsets(true);
     tokenizer
         .with_pre_tokenizer(Some(byte_level))
         .with_post_processor(Some(byte_level))
@@ -72,9 +68,7 @@ fn byte_fallback() -> tokenizers::Tokenizer {
 /// A model folder with `tokenizer.json` and the given other files.
 fn folder(tokenizer: &tokenizers::Tokenizer, files: &[(&str, &str)]) -> tempfile::TempDir {
     let dir = tempfile::tempdir().unwrap();
-    tokenizer
-        .save(dir.path().join("tokenizer.json"), false)
-        .unwrap();
+    tokenizer.save(dir.path().join("tokenizer.json"), false).unwrap();
     for (name, text) in files {
         fs::write(dir.path().join(name), text).unwrap();
     }
@@ -95,35 +89,20 @@ fn a_folder_without_tokenizer_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let error = Tokenizer::open(dir.path()).unwrap_err();
     assert_eq!(error.exit_code(), 2);
-    assert!(
-        error.to_string().contains("no tokenizer.json in"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("no tokenizer.json in"), "{error}");
     fs::write(dir.path().join("tokenizer.json"), "{}").unwrap();
-    assert!(matches!(
-        Tokenizer::open(dir.path()),
-        Err(Error::Model { .. })
-    ));
+    assert!(matches!(Tokenizer::open(dir.path()), Err(Error::Model { .. })));
 }
 
 #[test]
 fn special_tokens_come_from_the_files_around() {
     let tokenizer = open(&[SPECIALS]).unwrap();
     assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (Some(1), Some(2)));
-    assert_eq!(
-        (tokenizer.bos_token(), tokenizer.eos_token()),
-        (Some("<s>"), Some("</s>"))
-    );
+    assert_eq!((tokenizer.bos_token(), tokenizer.eos_token()), (Some("<s>"), Some("</s>")));
     assert_eq!(tokenizer.stop_ids(), [2]);
 
-    let map = (
-        "special_tokens_map.json",
-        r#"{"eos_token": "</s>", "pad_token": "<unk>"}"#,
-    );
-    let generation = (
-        "generation_config.json",
-        r#"{"bos_token_id": 1, "eos_token_id": [7, 4]}"#,
-    );
+    let map = ("special_tokens_map.json", r#"{"eos_token": "</s>", "pad_token": "<unk>"}"#);
+    let generation = ("generation_config.json", r#"{"bos_token_id": 1, "eos_token_id": [7, 4]}"#);
     let config = ("config.json", r#"{"eos_token_id": 5}"#);
     let tokenizer = open(&[map, generation, config]).unwrap();
     assert_eq!(
@@ -133,24 +112,15 @@ fn special_tokens_come_from_the_files_around() {
     assert_eq!(tokenizer.stop_ids(), [2, 4, 5, 7]);
 
     let tokenizer = open(&[generation, config]).unwrap();
-    assert_eq!(
-        tokenizer.eos_id(),
-        Some(7),
-        "generation_config.json goes before config.json"
-    );
+    assert_eq!(tokenizer.eos_id(), Some(7), "generation_config.json goes before config.json");
 
     let error = open(&[("tokenizer_config.json", r#"{"eos_token": "<eos>"}"#)]).unwrap_err();
     assert!(
-        error
-            .to_string()
-            .contains("eos_token is `<eos>`, which is not in the vocabulary"),
+        error.to_string().contains("eos_token is `<eos>`, which is not in the vocabulary"),
         "{error}"
     );
     let error = open(&[("config.json", "{")]).unwrap_err();
-    assert!(
-        error.to_string().contains("config.json: not valid JSON"),
-        "{error}"
-    );
+    assert!(error.to_string().contains("config.json: not valid JSON"), "{error}");
 }
 
 #[test]
@@ -158,26 +128,17 @@ fn bos_is_added_where_the_tokenizer_says_so_and_never_twice() {
     let tokenizer = open(&[SPECIALS]).unwrap();
     assert_eq!(tokenizer.encode("a").unwrap(), [6]);
     assert_eq!(tokenizer.encode_with_special("a").unwrap(), [1, 6]);
-    assert_eq!(
-        tokenizer.encode_with_special("<s>a").unwrap(),
-        tokenizer.encode("<s>a").unwrap()
-    );
+    assert_eq!(tokenizer.encode_with_special("<s>a").unwrap(), tokenizer.encode("<s>a").unwrap());
     assert_eq!(tokenizer.encode_with_special("").unwrap(), [1]);
     let silent = ("tokenizer_config.json", r#"{"bos_token": "<s>"}"#);
-    assert_eq!(
-        open(&[silent]).unwrap().encode_with_special("a").unwrap(),
-        [6]
-    );
+    assert_eq!(open(&[silent]).unwrap().encode_with_special("a").unwrap(), [6]);
 }
 
 #[test]
 fn a_special_token_that_tokenizer_json_forgot_is_one_token() {
     let tokenizer = Tokenizer::from_parts(byte_level(), Some("<s>"), Some("</s>")).unwrap();
     assert_eq!(tokenizer.encode("x</s>").unwrap().len(), 2);
-    assert_eq!(
-        tokenizer.encode("</s>").unwrap(),
-        [tokenizer.eos_id().unwrap()]
-    );
+    assert_eq!(tokenizer.encode("</s>").unwrap(), [tokenizer.eos_id().unwrap()]);
 }
 
 #[test]
@@ -217,22 +178,9 @@ fn streamed(tokenizer: &Tokenizer, ids: &[u32]) -> String {
 fn a_character_of_several_tokens_comes_whole() {
     let tokenizer = Tokenizer::from_parts(byte_level(), None, None).unwrap();
     let mut stream = tokenizer.stream();
-    let pieces: Vec<_> = tokenizer
-        .encode("a你b")
-        .unwrap()
-        .into_iter()
-        .map(|id| stream.push(id).unwrap())
-        .collect();
-    assert_eq!(
-        pieces,
-        [
-            Some("a".into()),
-            None,
-            None,
-            Some("你".into()),
-            Some("b".into())
-        ]
-    );
+    let pieces: Vec<_> =
+        tokenizer.encode("a你b").unwrap().into_iter().map(|id| stream.push(id).unwrap()).collect();
+    assert_eq!(pieces, [Some("a".into()), None, None, Some("你".into()), Some("b".into())]);
 }
 
 #[test]

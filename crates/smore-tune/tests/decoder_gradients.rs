@@ -143,7 +143,11 @@ fn bottom_up_router_and_ablations() {
     let flat = r#"[{"experts": 4, "fanout": 2, "rank": 2}]"#;
     for (layers, gate, rest) in [
         (three, r#""architecture": "bottom_up""#, r#""activation": "tanh""#),
-        (two, r#""architecture": "bottom_up""#, r#""activation": "tanh", "activation_position": "child""#),
+        (
+            two,
+            r#""architecture": "bottom_up""#,
+            r#""activation": "tanh", "activation_position": "child""#,
+        ),
         (three, r#""ancestor_keys": false"#, r#""activation": "tanh""#),
         (three, r#""kind": "switch""#, r#""activation": "identity", "structure": "multi_order""#),
         (flat, r#""kind": "switch""#, r#""activation": "identity", "structure": "flat""#),
@@ -166,4 +170,3 @@ fn smore_sharp_shares_its_pool() {
     );
     check(&mut model, None, 3);
 }
-

@@ -28,8 +28,30 @@ output_dir: runs/my-run
 
 /// What is put in somewhere: YAML's own marks, odd numbers, and words of the schema.
 const PIECES: [&str; 24] = [
-    ":", "-", "{", "}", "[", "]", "\n", "  ", "&a", "*a", "!!str", "|", ">", "#", "null", "~",
-    "1e999", ".nan", "-1", "99999999999999999999", "0x10", "kind", "\u{0}", "\u{fdd0}",
+    ":",
+    "-",
+    "{",
+    "}",
+    "[",
+    "]",
+    "\n",
+    "  ",
+    "&a",
+    "*a",
+    "!!str",
+    "|",
+    ">",
+    "#",
+    "null",
+    "~",
+    "1e999",
+    ".nan",
+    "-1",
+    "99999999999999999999",
+    "0x10",
+    "kind",
+    "\u{0}",
+    "\u{fdd0}",
 ];
 
 fn check(text: &str) -> Result<(), TestCaseError> {

@@ -44,15 +44,12 @@ fn stories260k_equals_transformers() {
     let reference: serde_json::Value = serde_json::from_str(&reference).unwrap();
     let model = base(&models.join("stories260K"), 512);
 
-    let prompt: Vec<u32> =
-        numbers(&reference["prompt"]["ids"]).iter().map(|&x| x as u32).collect();
+    let prompt: Vec<u32> = numbers(&reference["prompt"]["ids"]).iter().map(|&x| x as u32).collect();
     let mut batch = Batch::default();
     batch.push(&prompt, &vec![true; prompt.len()]);
     let (_, logits) = model.states_and_logits(&batch);
-    let first = largest_difference(
-        &logits[..512],
-        &numbers(&reference["prompt"]["first_position_logits"]),
-    );
+    let first =
+        largest_difference(&logits[..512], &numbers(&reference["prompt"]["first_position_logits"]));
     let last = largest_difference(
         &logits[logits.len() - 512..],
         &numbers(&reference["prompt"]["last_logits"]),

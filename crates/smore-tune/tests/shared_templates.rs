@@ -22,18 +22,9 @@ fn templates() -> Option<PathBuf> {
 /// A tokenizer that knows nothing but special tokens.
 fn tokenizer(bos: &str, eos: &str) -> Tokenizer {
     let mut inner = tokenizers::Tokenizer::new(WordLevel::default());
-    let end_of_turn = [
-        "<|end|>",
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<end_of_turn>",
-        "</s>",
-    ];
+    let end_of_turn = ["<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "</s>"];
     let tokens: BTreeSet<&str> = end_of_turn.into_iter().chain([bos, eos]).collect();
-    let tokens: Vec<_> = tokens
-        .into_iter()
-        .map(|token| AddedToken::from(token, true))
-        .collect();
+    let tokens: Vec<_> = tokens.into_iter().map(|token| AddedToken::from(token, true)).collect();
     inner.add_special_tokens(&tokens);
     let named = |token: &'static str| (!token.is_empty()).then_some(token);
     Tokenizer::from_parts(inner, named(leak(bos)), named(leak(eos))).unwrap()
@@ -53,10 +44,8 @@ fn cases(folder: &Path) -> Vec<Value> {
 fn template(folder: &Path, case: &Value) -> Template {
     let name = case["template"].as_str().unwrap();
     let source = fs::read_to_string(folder.join(name)).unwrap();
-    let tokenizer = tokenizer(
-        case["bos_token"].as_str().unwrap(),
-        case["eos_token"].as_str().unwrap(),
-    );
+    let tokenizer =
+        tokenizer(case["bos_token"].as_str().unwrap(), case["eos_token"].as_str().unwrap());
     Template::from_source(name, &source, &tokenizer).unwrap()
 }
 
@@ -89,15 +78,9 @@ fn answers_are_found_in_every_rendering() {
     let Some(folder) = templates() else { return };
     let mut n_checked = 0;
     for case in cases(&folder) {
-        let (messages, label) = (
-            messages(&case),
-            format!("{} {}", case["template"], case["case"]),
-        );
-        let answers: Vec<&str> = messages
-            .iter()
-            .filter(|m| m.is_answer())
-            .map(|m| m.content.as_str())
-            .collect();
+        let (messages, label) = (messages(&case), format!("{} {}", case["template"], case["case"]));
+        let answers: Vec<&str> =
+            messages.iter().filter(|m| m.is_answer()).map(|m| m.content.as_str()).collect();
         if answers.is_empty() || case["rendered"].is_null() {
             continue;
         }
@@ -106,17 +89,11 @@ fn answers_are_found_in_every_rendering() {
         for (range, answer) in ranges.into_iter().zip(answers) {
             let trained = &text[range];
             // Qwen 3 writes the empty thought of the last answer itself.
-            let trained = trained
-                .strip_prefix("<think>\n\n</think>\n\n")
-                .unwrap_or(trained);
-            let end_of_turn = trained
-                .strip_prefix(answer)
-                .unwrap_or_else(|| panic!("{label}: {trained}"));
+            let trained = trained.strip_prefix("<think>\n\n</think>\n\n").unwrap_or(trained);
+            let end_of_turn =
+                trained.strip_prefix(answer).unwrap_or_else(|| panic!("{label}: {trained}"));
             let is_token = end_of_turn.starts_with('<') && end_of_turn.ends_with('>');
-            assert!(
-                is_token && end_of_turn.matches('<').count() == 1,
-                "{label}: {trained}"
-            );
+            assert!(is_token && end_of_turn.matches('<').count() == 1, "{label}: {trained}");
         }
         n_checked += 1;
     }

@@ -36,17 +36,8 @@ fn check(tokenizer: &Tokenizer, text: &str, expected: &[u32]) {
         streamed.extend(stream.push(id).unwrap());
     }
     streamed.extend(stream.finish().unwrap());
-    assert_eq!(
-        streamed,
-        tokenizer.decode(expected, true).unwrap(),
-        "{text:?}"
-    );
-    let covered = tokenizer
-        .encode_with_offsets(text)
-        .unwrap()
-        .iter()
-        .map(|(_, r)| r.end)
-        .max();
+    assert_eq!(streamed, tokenizer.decode(expected, true).unwrap(), "{text:?}");
+    let covered = tokenizer.encode_with_offsets(text).unwrap().iter().map(|(_, r)| r.end).max();
     assert_eq!(covered.unwrap_or(0), text.len(), "{text:?}");
 }
 
@@ -55,10 +46,7 @@ fn stories260k_equals_sentencepiece() {
     let Some(folder) = shared() else { return };
     let tokenizer = Tokenizer::open(&folder.join("models/stories260K")).unwrap();
     assert_eq!((tokenizer.bos_id(), tokenizer.eos_id()), (Some(1), Some(2)));
-    assert_eq!(
-        (tokenizer.stop_ids(), tokenizer.vocab_size()),
-        ([2].as_slice(), 512)
-    );
+    assert_eq!((tokenizer.stop_ids(), tokenizer.vocab_size()), ([2].as_slice(), 512));
     for vector in vectors(&folder, "stories260K.json") {
         let text = vector["text"].as_str().unwrap();
         check(&tokenizer, text, &ids(&vector["ids"]));
@@ -73,11 +61,7 @@ fn llama3_and_qwen_equal_the_recorded_ids() {
     for (name, specials) in [("llama3", Some(128_000)), ("qwen2.5", None)] {
         let tokenizer = Tokenizer::open(&folder.join("tokenizers").join(name)).unwrap();
         for vector in vectors(&folder, "vectors.json") {
-            check(
-                &tokenizer,
-                vector["text"].as_str().unwrap(),
-                &ids(&vector[name]),
-            );
+            check(&tokenizer, vector["text"].as_str().unwrap(), &ids(&vector[name]));
         }
         let start = tokenizer.encode_with_special("x").unwrap();
         assert_eq!(start.len(), 1 + usize::from(specials.is_some()), "{name}");
@@ -125,24 +109,11 @@ fn serving_reads_what_training_reads() {
     let documents = data::read_documents(&path, None).unwrap();
     assert!(documents.len() > 1000);
     for document in documents {
-        let sample = data::tokenize(&document, &tokenizer, &template, 4096)
-            .unwrap()
-            .remove(0);
-        let data::Content::Chat(messages) = &document.content else {
-            panic!("not a conversation")
-        };
-        let prompt = template
-            .encode_prompt(&tokenizer, &messages[..messages.len() - 1])
-            .unwrap();
-        assert_eq!(
-            prompt,
-            sample.ids[..sample.prompt_len],
-            "line {}",
-            document.origin.line
-        );
-        let answer = tokenizer
-            .decode(&sample.ids[sample.prompt_len..], true)
-            .unwrap();
+        let sample = data::tokenize(&document, &tokenizer, &template, 4096).unwrap().remove(0);
+        let data::Content::Chat(messages) = &document.content else { panic!("not a conversation") };
+        let prompt = template.encode_prompt(&tokenizer, &messages[..messages.len() - 1]).unwrap();
+        assert_eq!(prompt, sample.ids[..sample.prompt_len], "line {}", document.origin.line);
+        let answer = tokenizer.decode(&sample.ids[sample.prompt_len..], true).unwrap();
         assert_eq!(answer.trim(), messages[messages.len() - 1].content.trim());
         assert_eq!(sample.ids.last().copied(), tokenizer.eos_id());
     }

@@ -157,9 +157,9 @@ impl TryFrom<String> for Activation {
         }
         match text.strip_prefix("prelu|").map(str::parse::<f64>) {
             Some(Ok(slope)) if slope.is_finite() => Ok(Self::Prelu(slope)),
-            _ if text.starts_with("prelu") => Err(format!(
-                "activation `{text}` has no slope to start from; write `prelu|0.25`"
-            )),
+            _ if text.starts_with("prelu") => {
+                Err(format!("activation `{text}` has no slope to start from; write `prelu|0.25`"))
+            }
             _ => Err(format!(
                 "unknown activation `{text}`; expected identity, relu, tanh or prelu|<slope>"
             )),

@@ -5,6 +5,26 @@
 //! [`flexibility`] counts the outputs that different trees can give one token (Thms. 3.3 and 3.4).
 //! All but the last are for one linear map.
 
+/// Lets counts be added up over linear maps (`sum`) and repeated over blocks (`* n`), field by field.
+macro_rules! adds_up {
+    ($type:ident: $($field:ident),+) => {
+        impl std::iter::Sum for $type {
+            fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+                all.fold(Self::default(), |sum, one| Self { $($field: sum.$field + one.$field),+ })
+            }
+        }
+
+        impl std::ops::Mul<usize> for $type {
+            type Output = Self;
+
+            fn mul(self, n: usize) -> Self {
+                Self { $($field: self.$field * n),+ }
+            }
+        }
+    };
+}
+use adds_up;
+
 mod author_stats;
 mod compute;
 pub mod flexibility;
@@ -13,7 +33,7 @@ mod parameters;
 pub use author_stats::AuthorStats;
 pub use compute::{Multiplications, propagation_overhead};
 pub use parameters::{
-    Parameters, active_parameters, parameter_overhead, parameters_above_lora, paper_parameters,
+    Parameters, active_parameters, paper_parameters, parameter_overhead, parameters_above_lora,
 };
 
 use crate::layout::{LoraLayout, SmoreLayout};
@@ -59,7 +79,9 @@ impl Activity {
         Self {
             experts: layers.iter().map(|l| l.nodes.min(l.experts)).collect(),
             // Once for each output of the layer below: F_l in a tree, 1 in a multi-order mixture.
-            transforms: (0..layers.len()).map(|l| if l == 0 { 0 } else { layers[l - 1].parents }).collect(),
+            transforms: (0..layers.len())
+                .map(|l| if l == 0 { 0 } else { layers[l - 1].parents })
+                .collect(),
         }
     }
 

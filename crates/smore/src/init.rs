@@ -70,7 +70,9 @@ fn fill_router(
     let layer = &spec.layers[layer];
     if param.name.split('.').next_back() == Some("keys") {
         match spec.gate.architecture {
-            RouterArchitecture::Mlp | RouterArchitecture::BottomUp => values.fill_with(|| rng.random()),
+            RouterArchitecture::Mlp | RouterArchitecture::BottomUp => {
+                values.fill_with(|| rng.random());
+            }
             RouterArchitecture::Linear => {
                 for v in values {
                     let normal: f32 = StandardNormal.sample(rng);

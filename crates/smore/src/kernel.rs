@@ -85,11 +85,7 @@ impl<'a, T: Float> Core<'a, T> {
 
     pub(crate) fn gate(&self, l: usize) -> Gate {
         let layer = &self.spec.layers[l];
-        Gate {
-            kind: self.spec.gate.kind,
-            experts: layer.experts,
-            fanout: layer.fanout,
-        }
+        Gate { kind: self.spec.gate.kind, experts: layer.experts, fanout: layer.fanout }
     }
 
     /// Turns slopes by the keys as used into slopes by the keys as stored.
@@ -252,8 +248,7 @@ impl<T: Float> AdapterKernels for Cpu<T> {
             })
             .collect();
         let mut tree = ResidualTree::zeros(spec, 0);
-        let mut stats: Vec<_> =
-            spec.layers.iter().map(|l| LayerStats::new(l.experts)).collect();
+        let mut stats: Vec<_> = spec.layers.iter().map(|l| LayerStats::new(l.experts)).collect();
         for (part, part_stats) in &parts {
             tree.extend(part);
             for (sum, part) in stats.iter_mut().zip(part_stats) {
@@ -371,9 +366,7 @@ fn backward_block<T: Float>(
                 core, l, n, z, routed, tree, dweight, slopes, valid, grads, dview, dbelow,
             );
         } else {
-            router::route_backward(
-                core, l, routed, tree, dweight, slopes, valid, grads, dview,
-            );
+            router::route_backward(core, l, routed, tree, dweight, slopes, valid, grads, dview);
         }
         dhidden = dbelow;
     }

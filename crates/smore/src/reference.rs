@@ -139,8 +139,7 @@ impl Reference<'_> {
         let noisy = self.spec.gate.kind == GateKind::NoisyTopk;
         let query = self.query(l, input);
         let query = if noisy { unit(&query) } else { query };
-        let logits: Vec<f64> =
-            (0..layer.experts).map(|e| dot(&query, &self.key(l, e))).collect();
+        let logits: Vec<f64> = (0..layer.experts).map(|e| dot(&query, &self.key(l, e))).collect();
         match self.spec.gate.kind {
             GateKind::NoisyTopk => self.choose_noisy(l, input, &logits, noise),
             GateKind::Dense => {
@@ -170,10 +169,8 @@ impl Reference<'_> {
     ) -> Choice {
         let (s, f) = (clean.len(), self.spec.layers[l].fanout);
         let spread = self.param(&format!("moe_gate.{l}.weight_noise.weight"));
-        let deviation: Vec<f64> = spread
-            .chunks_exact(input.len())
-            .map(|w| dot(w, input).exp().ln_1p() + 1e-2)
-            .collect();
+        let deviation: Vec<f64> =
+            spread.chunks_exact(input.len()).map(|w| dot(w, input).exp().ln_1p() + 1e-2).collect();
         let scores: Vec<f64> =
             (0..s).map(|e| clean[e] + noise.map_or(0.0, |n| n[e] * deviation[e])).collect();
         let order = ranked(&scores);
@@ -239,8 +236,7 @@ impl Reference<'_> {
                         }
                         let multi_order = self.spec.structure == Structure::MultiOrder;
                         let at = if multi_order { 0 } else { position * layer.fanout + slot };
-                        let node =
-                            self.grow(l - 1, at, view, &keys, x, noise, sums.as_deref_mut());
+                        let node = self.grow(l - 1, at, view, &keys, x, noise, sums.as_deref_mut());
                         if multi_order {
                             shared = Some(node.clone());
                         }

@@ -28,9 +28,7 @@ pub enum Purpose {
 /// caller).
 pub fn stream(seed: u64, purpose: Purpose, step: u64, block: u64) -> ChaCha8Rng {
     let mut key = [0u8; 32];
-    for (bytes, value) in
-        key.chunks_exact_mut(8).zip([seed, purpose as u64, step, block])
-    {
+    for (bytes, value) in key.chunks_exact_mut(8).zip([seed, purpose as u64, step, block]) {
         bytes.copy_from_slice(&value.to_le_bytes());
     }
     ChaCha8Rng::from_seed(key)

@@ -122,7 +122,9 @@ impl SmoreSpec {
         check_activations(config)?;
         check_structure(config)?;
         if d_in == 0 || d_out == 0 {
-            return Err(Error::config(format!("the linear map is {d_out} x {d_in}; nothing to adapt")));
+            return Err(Error::config(format!(
+                "the linear map is {d_out} x {d_in}; nothing to adapt"
+            )));
         }
         let mut gate = GateSpec {
             kind: config.gate.kind,
@@ -282,7 +284,9 @@ fn check_activations(config: &SmoreConfig) -> Result<()> {
         if let Activation::Prelu(slope) = activation
             && !slope.is_finite()
         {
-            return Err(Error::config(format!("{key} starts at the slope {slope}; expected a number")));
+            return Err(Error::config(format!(
+                "{key} starts at the slope {slope}; expected a number"
+            )));
         }
     }
     Ok(())

@@ -55,6 +55,8 @@ impl<T: Copy + Default> ResidualTree<T> {
             gate_weight: l.gate_weight[first * nodes..(first + count) * nodes].to_vec(),
             source: l.source.as_ref().map(|s| s[first * nodes..(first + count) * nodes].to_vec()),
         };
-        Self { layers: self.layers.iter().zip(&spec.layers).map(|(l, s)| cut(l, s.nodes)).collect() }
+        Self {
+            layers: self.layers.iter().zip(&spec.layers).map(|(l, s)| cut(l, s.nodes)).collect(),
+        }
     }
 }

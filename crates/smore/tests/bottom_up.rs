@@ -53,8 +53,11 @@ impl Named<'_> {
     fn residual(&self, l: usize, e: usize, x: &[f64]) -> Vec<f64> {
         let (r, d) = (self.smore.spec.layers[l].rank, self.smore.spec.layers[l].width);
         let part = |name: String, len: usize| self.get(&name)[e * len..(e + 1) * len].to_vec();
-        let down =
-            self.affine(&part(format!("moe_A.{l}"), r * D_IN), &part(format!("moe_A_bias.{l}"), r), x);
+        let down = self.affine(
+            &part(format!("moe_A.{l}"), r * D_IN),
+            &part(format!("moe_A_bias.{l}"), r),
+            x,
+        );
         self.affine(&part(format!("moe_B.{l}"), d * r), &part(format!("moe_B_bias.{l}"), d), &down)
     }
 

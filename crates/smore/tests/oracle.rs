@@ -48,7 +48,8 @@ impl Case {
         let params = numbers(Adapter::<Cpu<f64>>::len(&smore), 1);
         let noisy = gate.contains("noisy") && !gate.contains("mlp");
         let draw = |l: &smore::spec::LayerSpec| numbers(TOKENS * l.parents * l.experts, 5);
-        let noise = noisy.then(|| GateNoise { layers: smore.spec.layers.iter().map(draw).collect() });
+        let noise =
+            noisy.then(|| GateNoise { layers: smore.spec.layers.iter().map(draw).collect() });
         Self {
             name: json,
             params,
@@ -118,7 +119,8 @@ const TWO: &str = r#"[{"experts": 4, "fanout": 2, "rank": 2, "lora_alpha": 3},
 const THREE: &str = r#"[{"experts": 3, "fanout": 1, "rank": 2}, {"experts": 4, "fanout": 3, "rank": 1},
     {"experts": 3, "fanout": 2, "rank": 2, "lora_alpha": 3}]"#;
 const ONE: &str = r#"[{"experts": 5, "fanout": 2, "rank": 3, "lora_alpha": 2}]"#;
-const EQUAL: &str = r#"[{"experts": 3, "fanout": 1, "rank": 2}, {"experts": 3, "fanout": 2, "rank": 2}]"#;
+const EQUAL: &str =
+    r#"[{"experts": 3, "fanout": 1, "rank": 2}, {"experts": 3, "fanout": 2, "rank": 2}]"#;
 
 fn cases() -> Vec<Case> {
     let gates = [
@@ -252,7 +254,12 @@ fn gradients_through_the_router() {
                 compared += 1;
                 let allowed = 1e-6 * top.max(1.0);
                 let got = grads[i];
-                assert!((slope - got).abs() < allowed, "{} {slope} {got}: {}", param.name, case.name);
+                assert!(
+                    (slope - got).abs() < allowed,
+                    "{} {slope} {got}: {}",
+                    param.name,
+                    case.name
+                );
             }
             assert!(compared > 0, "{} was never compared: {}", param.name, case.name);
         }

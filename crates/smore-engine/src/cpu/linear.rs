@@ -1,8 +1,8 @@
 //! y = x W^T over a frozen or trained W, and dx = dy W.
 
+use super::Cpu;
 use super::gemm::{Strided, StridedMut, gemm};
 use super::simd::{dot, simd};
-use super::Cpu;
 use crate::{Dtype, Float, HostMatrix, MatrixRef};
 use rayon::prelude::*;
 
@@ -103,13 +103,7 @@ pub(super) fn widen<T: Float>(w: &HostMatrix, first: usize, out: &mut [T]) {
 }
 
 /// Decoding: every row of W is read once and meets all tokens while it is in cache.
-fn few_tokens<T: Float>(
-    x: &[T],
-    w: &MatrixRef<Cpu<T>>,
-    y: &mut [T],
-    n: usize,
-    accumulate: bool,
-) {
+fn few_tokens<T: Float>(x: &[T], w: &MatrixRef<Cpu<T>>, y: &mut [T], n: usize, accumulate: bool) {
     const ROWS: usize = 32;
     let (d_out, d_in) = shape(w);
     // [d_out, n]: each task owns consecutive outputs of all tokens.
@@ -118,9 +112,7 @@ fn few_tokens<T: Float>(
         let (first, rows) = (task * ROWS, out.len() / n);
         let mut scratch = Vec::new();
         let block: &[T] = match w {
-            MatrixRef::Trained(view, ..) => {
-                &Cpu::slice(*view)[first * d_in..(first + rows) * d_in]
-            }
+            MatrixRef::Trained(view, ..) => &Cpu::slice(*view)[first * d_in..(first + rows) * d_in],
             MatrixRef::Frozen(host) => as_elements(host, first, rows).unwrap_or_else(|| {
                 scratch.resize(rows * d_in, T::ZERO);
                 widen(host, first, &mut scratch);
@@ -180,15 +172,13 @@ mod tests {
                 backward(&y, &MatrixRef::Frozen(&host), &mut dx, n);
                 for i in 0..n {
                     for o in 0..d_out {
-                        let sum: f64 = (0..d_in)
-                            .map(|j| f64::from(x[i * d_in + j]) * w[o * d_in + j])
-                            .sum();
+                        let sum: f64 =
+                            (0..d_in).map(|j| f64::from(x[i * d_in + j]) * w[o * d_in + j]).sum();
                         assert!((f64::from(y[i * d_out + o]) - 1.0 - sum).abs() < 1e-5);
                     }
                     for j in 0..d_in {
-                        let sum: f64 = (0..d_out)
-                            .map(|o| f64::from(y[i * d_out + o]) * w[o * d_in + j])
-                            .sum();
+                        let sum: f64 =
+                            (0..d_out).map(|o| f64::from(y[i * d_out + o]) * w[o * d_in + j]).sum();
                         assert!((f64::from(dx[i * d_in + j]) - 2.0 - sum).abs() < 1e-3);
                     }
                 }

@@ -3,8 +3,7 @@
 use crate::config::AdapterConfig;
 use serde_json::{Map, Value, json};
 use smore::config::{
-    Activation, GateConfig, LayerConfig, LoraConfig, RouterArchitecture, SmoreConfig,
-    Structure,
+    Activation, GateConfig, LayerConfig, LoraConfig, RouterArchitecture, SmoreConfig, Structure,
 };
 use std::path::Path;
 
@@ -63,11 +62,8 @@ fn smore_keys(c: &SmoreConfig) -> Value {
     let each = |f: fn(&LayerConfig) -> usize| c.layers.iter().map(f).collect::<Vec<_>>();
     let scaled = c.layers.iter().any(|l| l.lora_alpha.is_some());
     // The authors' list is all or nothing; a layer without alpha has scale 1, that is alpha = r.
-    let alphas: Vec<Value> = c
-        .layers
-        .iter()
-        .map(|l| number(l.lora_alpha.unwrap_or(l.rank as f64)))
-        .collect();
+    let alphas: Vec<Value> =
+        c.layers.iter().map(|l| number(l.lora_alpha.unwrap_or(l.rank as f64))).collect();
     let mut keys = json!({
         "activation_position": c.activation_position,
         "balance_loss_weight": c.gate.balance_weight,

@@ -134,11 +134,7 @@ fn from_yaml<T: DeserializeOwned>(text: &str, name: &str) -> Result<T> {
         let (mut place, mut got) = (String::new(), "");
         if let Some(at) = error.location().filter(|at| at.line() > 0) {
             place = format!("line {}, column {}: ", at.line(), at.column());
-            got = value_at(
-                text,
-                at.line() as usize - 1,
-                (at.column() as usize).saturating_sub(1),
-            );
+            got = value_at(text, at.line() as usize - 1, (at.column() as usize).saturating_sub(1));
         }
         config_error(name, format!("{place}{}", describe(error, got)))
     })
@@ -147,38 +143,22 @@ fn from_yaml<T: DeserializeOwned>(text: &str, name: &str) -> Result<T> {
 /// The plain value that starts at a place counted from 0, as it is written.
 fn value_at(text: &str, line: usize, column: usize) -> &str {
     let line = text.lines().nth(line).unwrap_or_default();
-    let start = line
-        .char_indices()
-        .nth(column)
-        .map_or(line.len(), |(at, _)| at);
+    let start = line.char_indices().nth(column).map_or(line.len(), |(at, _)| at);
     let rest = &line[start..];
-    rest.split([',', '}', ']', '#'])
-        .next()
-        .unwrap_or_default()
-        .trim()
+    rest.split([',', '}', ']', '#']).next().unwrap_or_default().trim()
 }
 
 /// The message of a YAML error, without its place.
 fn describe(error: &serde_saphyr::Error, got: &str) -> String {
     use serde_saphyr::Error as Yaml;
     match error {
-        Yaml::SerdeUnknownField {
-            field, expected, ..
-        } => {
+        Yaml::SerdeUnknownField { field, expected, .. } => {
             let hint = did_you_mean(field, expected.iter().copied());
-            format!(
-                "unknown key `{field}`; expected one of {}{hint}",
-                expected.join(", ")
-            )
+            format!("unknown key `{field}`; expected one of {}{hint}", expected.join(", "))
         }
-        Yaml::SerdeUnknownVariant {
-            variant, expected, ..
-        } => {
+        Yaml::SerdeUnknownVariant { variant, expected, .. } => {
             let hint = did_you_mean(variant, expected.iter().copied());
-            format!(
-                "unknown value `{variant}`; expected one of {}{hint}",
-                expected.join(", ")
-            )
+            format!("unknown value `{variant}`; expected one of {}{hint}", expected.join(", "))
         }
         Yaml::SerdeMissingField { field, .. } => format!("key `{field}` is missing"),
         Yaml::DuplicateMappingKey { key: Some(key), .. } => format!("key `{key}` is given twice"),

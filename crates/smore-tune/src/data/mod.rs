@@ -30,11 +30,7 @@ pub struct Origin {
 
 impl Origin {
     pub(crate) fn error(&self, message: impl Into<String>) -> Error {
-        Error::Data {
-            file: self.file.clone(),
-            line: Some(self.line),
-            message: message.into(),
-        }
+        Error::Data { file: self.file.clone(), line: Some(self.line), message: message.into() }
     }
 }
 
@@ -90,22 +86,13 @@ pub struct DataReport {
 
 /// Checks that every data file exists, before anything heavy is loaded.
 pub fn check_files(config: &DataConfig) -> Result<()> {
-    let train = config
-        .train
-        .iter()
-        .map(|source| (&source.path, source.format, "training data"));
+    let train = config.train.iter().map(|source| (&source.path, source.format, "training data"));
     let validation = &config.validation;
-    let held_out = validation
-        .path
-        .iter()
-        .map(|path| (path, validation.format, "held-out data"));
+    let held_out = validation.path.iter().map(|path| (path, validation.format, "held-out data"));
     for (path, format, what) in train.chain(held_out) {
         if !path.is_file() {
             let what = format!("a file of {what} (.json, .jsonl or .txt)");
-            return Err(Error::Missing {
-                path: path.clone(),
-                what,
-            });
+            return Err(Error::Missing { path: path.clone(), what });
         }
         read::check_kind(path, format)?;
     }
@@ -139,11 +126,7 @@ pub fn load(
     let mut groups = tokenize_all(&documents)?;
     if groups.len() == 1 {
         // One long text: its pieces are the samples to pick from and to split.
-        let pieces = groups
-            .remove(0)
-            .into_iter()
-            .map(|sample| vec![sample])
-            .collect();
+        let pieces = groups.remove(0).into_iter().map(|sample| vec![sample]).collect();
         groups = pick(pieces, max_samples, seed);
     }
     let kept = groups.iter().map(Vec::len).sum();
@@ -170,11 +153,7 @@ pub fn load(
         total_tokens: train.iter().map(|sample| sample.ids.len()).sum(),
         validation_from,
     };
-    Ok(Dataset {
-        train,
-        validation: validation.into_iter().flatten().collect(),
-        report,
-    })
+    Ok(Dataset { train, validation: validation.into_iter().flatten().collect(), report })
 }
 
 /// The two draws that [`load`] makes, each from a stream of its own.
@@ -201,11 +180,7 @@ fn pick<T>(items: Vec<T>, n: usize, seed: u64) -> Vec<T> {
         return items;
     }
     let drawn = draw(items.len(), n, seed, Draw::MaxSamples);
-    items
-        .into_iter()
-        .zip(drawn)
-        .filter_map(|(item, drawn)| drawn.then_some(item))
-        .collect()
+    items.into_iter().zip(drawn).filter_map(|(item, drawn)| drawn.then_some(item)).collect()
 }
 
 /// Holds out `fraction` of `items`, at least one if there is more than one and never all.
@@ -228,11 +203,7 @@ fn split<T>(items: Vec<T>, fraction: f64, seed: u64) -> (Vec<T>, Vec<T>) {
 
 /// The file's name for messages of a whole file.
 fn file_error(file: &Path, message: impl Into<String>) -> Error {
-    Error::Data {
-        file: file.to_owned(),
-        line: None,
-        message: message.into(),
-    }
+    Error::Data { file: file.to_owned(), line: None, message: message.into() }
 }
 
 #[cfg(test)]

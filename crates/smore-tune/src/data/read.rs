@@ -35,11 +35,7 @@ pub(super) fn check_kind(path: &Path, format: Option<Format>) -> Result<()> {
 }
 
 fn layout(path: &Path) -> Result<Layout> {
-    let extension = path
-        .extension()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .to_lowercase();
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     match extension.as_str() {
         "json" => Ok(Layout::Json),
         "jsonl" | "ndjson" => Ok(Layout::JsonLines),
@@ -75,14 +71,8 @@ fn whole_file(path: &Path, text: &str) -> Result<Document> {
     if text.trim().is_empty() {
         return Err(file_error(path, "the file is empty; expected text"));
     }
-    let origin = Origin {
-        file: path.to_owned(),
-        line: 1,
-    };
-    Ok(Document {
-        content: Content::Text(text.to_owned()),
-        origin,
-    })
+    let origin = Origin { file: path.to_owned(), line: 1 };
+    Ok(Document { content: Content::Text(text.to_owned()), origin })
 }
 
 fn parse_all(
@@ -104,15 +94,9 @@ fn parse_all(
 
 /// The records of a JSONL file; blank lines are skipped.
 fn lines<'a>(path: &'a Path, text: &'a str) -> impl Iterator<Item = Result<(Origin, Value)>> + 'a {
-    let lines = text
-        .lines()
-        .enumerate()
-        .filter(|(_, line)| !line.trim().is_empty());
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     lines.map(move |(i, line)| {
-        let origin = Origin {
-            file: path.to_owned(),
-            line: i + 1,
-        };
+        let origin = Origin { file: path.to_owned(), line: i + 1 };
         match serde_json::from_str(line) {
             Ok(value) => Ok((origin, value)),
             Err(e) => Err(origin.error(format!(
@@ -129,13 +113,7 @@ fn array_elements<'a>(
     path: &'a Path,
     text: &'a str,
 ) -> impl Iterator<Item = Result<(Origin, Value)>> + 'a {
-    let mut cursor = Cursor {
-        path,
-        text,
-        at: 0,
-        line: 1,
-        state: State::Start,
-    };
+    let mut cursor = Cursor { path, text, at: 0, line: 1, state: State::Start };
     std::iter::from_fn(move || {
         let item = cursor.next_element().transpose();
         if matches!(item, Some(Err(_))) {
@@ -188,10 +166,7 @@ impl Cursor<'_> {
 
     /// Parses the element that starts here.
     fn element(&mut self) -> Result<(Origin, Value)> {
-        let origin = Origin {
-            file: self.path.to_owned(),
-            line: self.line,
-        };
+        let origin = Origin { file: self.path.to_owned(), line: self.line };
         let rest = &self.text[self.at..];
         let mut values = serde_json::Deserializer::from_str(rest).into_iter::<Value>();
         match values.next() {
@@ -233,19 +208,12 @@ impl Cursor<'_> {
     }
 
     fn error(&self, message: &str) -> Error {
-        Origin {
-            file: self.path.to_owned(),
-            line: self.line,
-        }
-        .error(message)
+        Origin { file: self.path.to_owned(), line: self.line }.error(message)
     }
 }
 
 /// A JSON error without serde's own place, which counts from the start of the record.
 fn without_place(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    text.split(" at line ")
-        .next()
-        .unwrap_or_default()
-        .to_owned()
+    text.split(" at line ").next().unwrap_or_default().to_owned()
 }

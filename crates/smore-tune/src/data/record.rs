@@ -90,14 +90,9 @@ impl<'a> Record<'a> {
         let instruction =
             self.string("instruction", self.required("instruction", Format::Alpaca)?)?;
         let output = self.string("output", self.required("output", Format::Alpaca)?)?;
-        let input = self
-            .optional_string("input")?
-            .filter(|input| !input.is_empty());
+        let input = self.optional_string("input")?.filter(|input| !input.is_empty());
         let mut messages = Vec::new();
-        if let Some(system) = self
-            .optional_string("system")?
-            .filter(|system| !system.is_empty())
-        {
+        if let Some(system) = self.optional_string("system")?.filter(|system| !system.is_empty()) {
             messages.push(Message::new("system", system));
         }
         messages.extend(self.history()?);
@@ -112,11 +107,7 @@ impl<'a> Record<'a> {
 
     /// `history: [[question, answer], ...]`
     fn history(&self) -> Result<Vec<Message>> {
-        let Some(history) = self
-            .fields
-            .get("history")
-            .filter(|history| !history.is_null())
-        else {
+        let Some(history) = self.fields.get("history").filter(|history| !history.is_null()) else {
             return Ok(Vec::new());
         };
         let wrong = |place: &str, value: &Value| {
@@ -126,11 +117,8 @@ impl<'a> Record<'a> {
             ))
         };
         let mut messages = Vec::new();
-        for (i, turn) in history
-            .as_array()
-            .ok_or_else(|| wrong("history", history))?
-            .iter()
-            .enumerate()
+        for (i, turn) in
+            history.as_array().ok_or_else(|| wrong("history", history))?.iter().enumerate()
         {
             let place = format!("history[{i}]");
             match turn.as_array().map(Vec::as_slice) {
@@ -170,24 +158,20 @@ impl<'a> Record<'a> {
             .map(|(i, message)| self.message(&format!("{place}[{i}]"), message));
         let messages = messages.collect::<Result<Vec<_>>>()?;
         if messages.is_empty() {
-            return Err(self.origin.error(format!(
-                "field `{place}` is an empty list; expected messages"
-            )));
+            return Err(self
+                .origin
+                .error(format!("field `{place}` is an empty list; expected messages")));
         }
         Ok(messages)
     }
 
     fn message(&self, place: &str, value: &Value) -> Result<Message> {
         let Some(fields) = value.as_object() else {
-            return Err(self.origin.error(format!(
-                "field `{place}` is {}; expected {{role, content}}",
-                kind(value)
-            )));
+            return Err(self
+                .origin
+                .error(format!("field `{place}` is {}; expected {{role, content}}", kind(value))));
         };
-        let message = Record {
-            fields,
-            origin: self.origin,
-        };
+        let message = Record { fields, origin: self.origin };
         let field = |key: &str| message.required_at(place, key, Format::Messages);
         let role = self.string(&format!("{place}.role"), field("role")?)?;
         let content = self.content(&format!("{place}.content"), field("content")?)?;
@@ -261,10 +245,7 @@ impl<'a> Record<'a> {
 
     fn string(&self, place: &str, value: &Value) -> Result<String> {
         value.as_str().map(str::to_owned).ok_or_else(|| {
-            self.origin.error(format!(
-                "field `{place}` is {}; expected a string",
-                kind(value)
-            ))
+            self.origin.error(format!("field `{place}` is {}; expected a string", kind(value)))
         })
     }
 

@@ -9,9 +9,7 @@ use crate::tokenizer::tests::byte_level;
 /// One token per byte, `<s>` and `</s>`; BOS is added where a folder says so.
 fn tokenizer(adds_bos: bool) -> Tokenizer {
     let dir = tempfile::tempdir().unwrap();
-    byte_level()
-        .save(dir.path().join("tokenizer.json"), false)
-        .unwrap();
+    byte_level().save(dir.path().join("tokenizer.json"), false).unwrap();
     let notes = serde_json::json!({
         "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": adds_bos,
     });
@@ -42,11 +40,7 @@ fn message(path: &Path, format: Option<Format>) -> String {
 }
 
 fn contents(path: &Path) -> Vec<Content> {
-    read_documents(path, None)
-        .unwrap()
-        .into_iter()
-        .map(|document| document.content)
-        .collect()
+    read_documents(path, None).unwrap().into_iter().map(|document| document.content).collect()
 }
 
 fn user(text: &str) -> Message {
@@ -82,10 +76,7 @@ fn every_format_is_detected() {
         "messages.jsonl",
         r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "Q"}], "loss_weight": 0.0}, {"role": "assistant", "content": "A", "weight": 1}]}"#,
     );
-    assert_eq!(
-        contents(&messages),
-        [Content::Chat(vec![user("Q"), assistant("A")])]
-    );
+    assert_eq!(contents(&messages), [Content::Chat(vec![user("Q"), assistant("A")])]);
     let pairs = files.write(
         "pairs.jsonl",
         "{\"prompt\": \"P\", \"completion\": \"C\"}\n\n{\"prompt\": [{\"role\": \"user\", \"content\": \"P\"}], \
@@ -95,24 +86,15 @@ fn every_format_is_detected() {
         contents(&pairs),
         vec![Content::Completion(vec![user("P")], vec![assistant("C")]); 2]
     );
-    assert_eq!(
-        contents(&files.write("t.jsonl", r#"{"text": "T"}"#)),
-        [Content::Text("T".into())]
-    );
-    assert_eq!(
-        contents(&files.write("t.txt", "A\nB\n")),
-        [Content::Text("A\nB\n".into())]
-    );
+    assert_eq!(contents(&files.write("t.jsonl", r#"{"text": "T"}"#)), [Content::Text("T".into())]);
+    assert_eq!(contents(&files.write("t.txt", "A\nB\n")), [Content::Text("A\nB\n".into())]);
 }
 
 #[test]
 fn records_know_their_line() {
     let files = Files::new();
     let lines = files.write("a.jsonl", "{\"text\": \"A\"}\n\n{\"text\": \"B\"}\n");
-    let array = files.write(
-        "a.json",
-        "\n[\n  {\"text\":\n \"A\"},\n  {\"text\": \"B\"}\n]\n",
-    );
+    let array = files.write("a.json", "\n[\n  {\"text\":\n \"A\"},\n  {\"text\": \"B\"}\n]\n");
     for (path, expected) in [(lines, [1, 3]), (array, [3, 5])] {
         let found: Vec<usize> = read_documents(&path, None)
             .unwrap()
@@ -132,14 +114,8 @@ fn a_wrong_field_names_file_line_field_and_what_was_found() {
             r#"{"instruction": "I", "outptu": "O"}"#,
             "field `output` is missing (format alpaca); found instruction, outptu; rename `outptu`?",
         ),
-        (
-            "{}",
-            "field `instruction` is missing (format alpaca); the record has no fields",
-        ),
-        (
-            r#"{"instruction": "I", "output": 3}"#,
-            "field `output` is a number; expected a string",
-        ),
+        ("{}", "field `instruction` is missing (format alpaca); the record has no fields"),
+        (r#"{"instruction": "I", "output": 3}"#, "field `output` is a number; expected a string"),
         (
             r#"{"instruction": null, "output": "O"}"#,
             "field `instruction` is null; expected a string",
@@ -158,10 +134,7 @@ fn a_wrong_field_names_file_line_field_and_what_was_found() {
         let path = files.write("bad.jsonl", &format!("{good}\n{bad}\n"));
         assert_eq!(message(&path, None), format!("bad.jsonl:2: {expected}"));
     }
-    let path = files.write(
-        "bad.json",
-        &format!("[\n{good},\n\n{{\"instruction\": 1}}]"),
-    );
+    let path = files.write("bad.json", &format!("[\n{good},\n\n{{\"instruction\": 1}}]"));
     assert_eq!(
         message(&path, None),
         "bad.json:4: field `instruction` is a number; expected a string"
@@ -172,15 +145,9 @@ fn a_wrong_field_names_file_line_field_and_what_was_found() {
 fn a_wrong_message_names_its_place() {
     let files = Files::new();
     let cases = [
-        (
-            r#""hi""#,
-            "field `messages` is a string; expected a list of {role, content}",
-        ),
+        (r#""hi""#, "field `messages` is a string; expected a list of {role, content}"),
         ("[]", "field `messages` is an empty list; expected messages"),
-        (
-            "[3]",
-            "field `messages[0]` is a number; expected {role, content}",
-        ),
+        ("[3]", "field `messages[0]` is a number; expected {role, content}"),
         (
             r#"[{"rol": "user", "content": "Q"}]"#,
             "field `messages[0].role` is missing (format messages); found rol, content; rename `rol`?",
@@ -209,16 +176,8 @@ fn a_wrong_message_names_its_place() {
 fn a_wrong_file_is_told_as_a_whole() {
     let files = Files::new();
     let cases = [
-        (
-            "a.csv",
-            "x",
-            "a.csv: file ending is `csv`; expected .json, .jsonl or .txt",
-        ),
-        (
-            "a.jsonl",
-            "\n",
-            "a.jsonl: no records; expected at least one",
-        ),
+        ("a.csv", "x", "a.csv: file ending is `csv`; expected .json, .jsonl or .txt"),
+        ("a.jsonl", "\n", "a.jsonl: no records; expected at least one"),
         ("a.json", "[ ]", "a.json: no records; expected at least one"),
         ("a.txt", " \n", "a.txt: the file is empty; expected text"),
         (
@@ -226,11 +185,7 @@ fn a_wrong_file_is_told_as_a_whole() {
             "{\"text\": \"A\"}\n",
             "b.json:1: expected a JSON array of records; for one record per line name the file .jsonl",
         ),
-        (
-            "c.json",
-            "[{\"text\": \"A\"}\n{}]",
-            "c.json:2: expected `,` or `]` after a record",
-        ),
+        ("c.json", "[{\"text\": \"A\"}\n{}]", "c.json:2: expected `,` or `]` after a record"),
         (
             "d.json",
             "[{\"text\": \"A\"},\n",
@@ -262,34 +217,20 @@ fn a_wrong_file_is_told_as_a_whole() {
         "h.txt: format is alpaca, but a .txt file can only be text; expected .json or .jsonl"
     );
     fs::write(&path, [0xFF]).unwrap();
-    assert_eq!(
-        message(&path, None),
-        "h.txt: not UTF-8 text; convert it to UTF-8"
-    );
+    assert_eq!(message(&path, None), "h.txt: not UTF-8 text; convert it to UTF-8");
 }
 
 fn samples(content: Content, adds_bos: bool, cutoff_len: usize) -> Result<Vec<Sample>> {
     let tokenizer = tokenizer(adds_bos);
-    let origin = Origin {
-        file: "f.jsonl".into(),
-        line: 9,
-    };
-    tokenize(
-        &Document { content, origin },
-        &tokenizer,
-        &Template::plain(&tokenizer),
-        cutoff_len,
-    )
+    let origin = Origin { file: "f.jsonl".into(), line: 9 };
+    tokenize(&Document { content, origin }, &tokenizer, &Template::plain(&tokenizer), cutoff_len)
 }
 
 /// The tokens as text, a bar in front of each target.
 fn shown(sample: &Sample) -> String {
     let tokenizer = tokenizer(true);
     assert_eq!(sample.ids.len(), sample.trained.len());
-    assert_eq!(
-        sample.trained.iter().position(|&trained| trained),
-        Some(sample.prompt_len)
-    );
+    assert_eq!(sample.trained.iter().position(|&trained| trained), Some(sample.prompt_len));
     let tokens = sample.ids.iter().zip(&sample.trained);
     tokens
         .flat_map(|(&id, &trained)| {
@@ -312,20 +253,14 @@ fn only_the_answer_and_eos_are_trained() {
     let sample = samples(question(), false, 100).unwrap().remove(0);
     assert_eq!(shown(&sample), "Q a\n|A| a|</s>");
     let written = Content::Chat(vec![user("<s>Q"), assistant("A")]);
-    assert_eq!(
-        shown(&samples(written, true, 100).unwrap()[0]),
-        "<s>Q\n|A|</s>"
-    );
+    assert_eq!(shown(&samples(written, true, 100).unwrap()[0]), "<s>Q\n|A|</s>");
 }
 
 #[test]
 fn an_answer_in_the_prompt_is_not_trained() {
     let prompt = vec![user("Q"), assistant("A"), user("R")];
     let content = Content::Completion(prompt, vec![assistant("B")]);
-    assert_eq!(
-        shown(&samples(content, true, 100).unwrap()[0]),
-        "<s>Q\nA</s>\nR\n|B|</s>"
-    );
+    assert_eq!(shown(&samples(content, true, 100).unwrap()[0]), "<s>Q\nA</s>\nR\n|B|</s>");
 }
 
 #[test]
@@ -346,11 +281,7 @@ fn the_end_of_the_answer_is_cut_and_the_prompt_kept() {
 fn every_token_of_a_text_is_a_target_once() {
     let text = || Content::Text("abcde".into());
     let shown_all = |adds_bos, cutoff_len| -> Vec<String> {
-        samples(text(), adds_bos, cutoff_len)
-            .unwrap()
-            .iter()
-            .map(shown)
-            .collect()
+        samples(text(), adds_bos, cutoff_len).unwrap().iter().map(shown).collect()
     };
     assert_eq!(shown_all(true, 100), ["<s>|a|b|c|d|e|</s>"]);
     assert_eq!(shown_all(true, 3), ["<s>|a|b", "<s>|c|d", "<s>|e|</s>"]);
@@ -364,29 +295,13 @@ fn every_token_of_a_text_is_a_target_once() {
 fn a_refused_conversation_names_its_line() {
     let tokenizer = tokenizer(true);
     let template = Template::from_source("t", "{{ raise_exception('no') }}", &tokenizer).unwrap();
-    let origin = Origin {
-        file: "f.jsonl".into(),
-        line: 9,
-    };
-    let error = tokenize(
-        &Document {
-            content: question(),
-            origin,
-        },
-        &tokenizer,
-        &template,
-        9,
-    )
-    .unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        "f.jsonl:9: chat template t: refused the conversation: no"
-    );
+    let origin = Origin { file: "f.jsonl".into(), line: 9 };
+    let error =
+        tokenize(&Document { content: question(), origin }, &tokenizer, &template, 9).unwrap_err();
+    assert_eq!(error.to_string(), "f.jsonl:9: chat template t: refused the conversation: no");
     let error = samples(Content::Chat(vec![user("Q")]), true, 9).unwrap_err();
     assert!(
-        error
-            .to_string()
-            .contains("f.jsonl:9: chat template plain: the conversation has no"),
+        error.to_string().contains("f.jsonl:9: chat template plain: the conversation has no"),
         "{error}"
     );
 }
@@ -410,9 +325,8 @@ fn lines(samples: &[Sample]) -> Vec<usize> {
 }
 
 fn forty(files: &Files) -> PathBuf {
-    let lines: Vec<String> = (0..40)
-        .map(|i| format!("{{\"prompt\": \"{i}\", \"completion\": \"c\"}}"))
-        .collect();
+    let lines: Vec<String> =
+        (0..40).map(|i| format!("{{\"prompt\": \"{i}\", \"completion\": \"c\"}}")).collect();
     files.write("forty.jsonl", &lines.join("\n"))
 }
 
@@ -438,11 +352,7 @@ fn the_split_depends_on_the_seed_alone() {
     assert_eq!(report.trained_tokens, 72);
     assert_eq!(
         report.total_tokens,
-        first
-            .train
-            .iter()
-            .map(|sample| sample.ids.len())
-            .sum::<usize>()
+        first.train.iter().map(|sample| sample.ids.len()).sum::<usize>()
     );
     assert_eq!(report.validation_from, "10% of the training data");
 }
@@ -455,10 +365,7 @@ fn max_samples_draws_from_the_whole() {
     let data = load_plain(&config, 1).unwrap();
     assert_eq!((data.train.len(), data.validation.len()), (9, 1));
     assert_eq!((data.report.read, data.report.kept), (40, 10));
-    assert!(
-        lines(&data.train).iter().any(|&line| line > 10),
-        "drawn, not taken from the start"
-    );
+    assert!(lines(&data.train).iter().any(|&line| line > 10), "drawn, not taken from the start");
     assert!(lines(&data.train).is_sorted());
 }
 
@@ -509,10 +416,7 @@ fn the_first_bad_record_is_reported() {
     let config = config(files.write("d.jsonl", &[good, &bad, good, &bad].concat()));
     for _ in 0..5 {
         assert!(
-            load_plain(&config, 1)
-                .unwrap_err()
-                .to_string()
-                .contains("d.jsonl:2: no trained token")
+            load_plain(&config, 1).unwrap_err().to_string().contains("d.jsonl:2: no trained token")
         );
     }
 }
@@ -529,10 +433,5 @@ fn missing_files_are_found_before_anything_is_read() {
     );
     assert_eq!(error.exit_code(), 2);
     config.train[0].path = files.write("x.csv", "");
-    assert!(
-        check_files(&config)
-            .unwrap_err()
-            .to_string()
-            .contains("x.csv: file ending is `csv`")
-    );
+    assert!(check_files(&config).unwrap_err().to_string().contains("x.csv: file ending is `csv`"));
 }

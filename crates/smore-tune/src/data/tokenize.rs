@@ -20,9 +20,7 @@ pub fn tokenize(
 ) -> Result<Vec<Sample>> {
     let origin = &document.origin;
     let chat = |messages: &[Message], n_untrained: usize| {
-        let (text, mut ranges) = template
-            .render_training(messages)
-            .map_err(|e| at(e, origin))?;
+        let (text, mut ranges) = template.render_training(messages).map_err(|e| at(e, origin))?;
         ranges.drain(..n_untrained.min(ranges.len()));
         let bos = template.is_plain();
         chat_sample(&text, &ranges, bos, tokenizer, cutoff_len, origin).map(|sample| vec![sample])
@@ -42,11 +40,7 @@ fn n_ranges(messages: &[Message], template: &Template, origin: &Origin) -> Resul
     if !messages.iter().any(Message::is_answer) {
         return Ok(0);
     }
-    Ok(template
-        .render_training(messages)
-        .map_err(|e| at(e, origin))?
-        .1
-        .len())
+    Ok(template.render_training(messages).map_err(|e| at(e, origin))?.1.len())
 }
 
 /// A template's complaint, at the record it is about.
@@ -96,13 +90,7 @@ fn chat_sample(
         }));
     };
     let truncated = full_len > cutoff_len;
-    Ok(Sample {
-        ids,
-        trained,
-        origin: origin.clone(),
-        prompt_len,
-        truncated,
-    })
+    Ok(Sample { ids, trained, origin: origin.clone(), prompt_len, truncated })
 }
 
 fn overlap(range: &Range<usize>, bytes: &Range<usize>) -> bool {
@@ -142,11 +130,7 @@ fn text_samples(
             truncated: false,
         });
     }
-    if samples.is_empty() {
-        Err(origin.error(TOO_SHORT))
-    } else {
-        Ok(samples)
-    }
+    if samples.is_empty() { Err(origin.error(TOO_SHORT)) } else { Ok(samples) }
 }
 
 const TOO_SHORT: &str = "no trained token: the text is a single token, and nothing predicts the \

@@ -111,9 +111,9 @@ pub fn compare(
     let (smore, smore_metrics, model) = desk.adapted_side("smore", smore_config, watch)?;
     let samples: Vec<&Sample> = desk.samples.iter().collect();
     let usage_all = usage(&model, &samples);
-    let comparison =
-        Comparison { base, lora, smore, usage: usage_all, folder: folder.to_owned() };
-    desk.report(&comparison, &lora_metrics, &smore_metrics, &model).write(&folder.join("report.html"))?;
+    let comparison = Comparison { base, lora, smore, usage: usage_all, folder: folder.to_owned() };
+    desk.report(&comparison, &lora_metrics, &smore_metrics, &model)
+        .write(&folder.join("report.html"))?;
     let json = serde_json::to_string_pretty(&comparison)
         .map_err(|e| Error::Run(format!("the result cannot be written as JSON: {e}")))?;
     write(&folder.join("comparison.json"), json.as_bytes())?;
@@ -244,7 +244,8 @@ impl Desk {
             *hits += usize::from(self.answers(model, example)?);
         }
         let hits: usize = right.values().map(|(hits, _)| hits).sum();
-        let share = |(skill, (hits, of)): (String, (usize, usize))| (skill, hits as f64 / of as f64);
+        let share =
+            |(skill, (hits, of)): (String, (usize, usize))| (skill, hits as f64 / of as f64);
         Ok(Side {
             loss,
             accuracy: hits as f64 / self.held_out.len() as f64,

@@ -74,14 +74,7 @@ impl Scene {
 }
 
 fn shift_log(s: &Scene, rng: &mut ChaCha8Rng) -> String {
-    let Scene {
-        who,
-        other,
-        weekday,
-        line,
-        order,
-        ..
-    } = s;
+    let Scene { who, other, weekday, line, order, .. } = s;
     let machine = pick(rng, &MACHINES);
     let opening = wording(
         rng,
@@ -111,16 +104,7 @@ fn shift_log(s: &Scene, rng: &mut ChaCha8Rng) -> String {
 }
 
 fn work_order(s: &Scene, rng: &mut ChaCha8Rng) -> String {
-    let Scene {
-        who,
-        line,
-        order,
-        badge,
-        tag,
-        fault,
-        date,
-        ..
-    } = s;
+    let Scene { who, line, order, badge, tag, fault, date, .. } = s;
     let mut fields = [
         format!("Order: {order}"),
         format!("Badge: {badge}"),
@@ -141,10 +125,7 @@ fn work_order(s: &Scene, rng: &mut ChaCha8Rng) -> String {
                 "Tag {tag} is the {} on line {line}. Badge {badge} signed order {order}.",
                 fault.machine
             ),
-            format!(
-                "Work on order {order}: {}. Signed by badge {badge}.",
-                fault.remedy()
-            ),
+            format!("Work on order {order}: {}. Signed by badge {badge}.", fault.remedy()),
         ],
     );
     format!("Work order\n{head}\n{tail}")
@@ -152,18 +133,8 @@ fn work_order(s: &Scene, rng: &mut ChaCha8Rng) -> String {
 
 /// The three numbers of a ticket in a sentence, then once more as a list, or the other way round.
 fn ticket(s: &Scene, rng: &mut ChaCha8Rng) -> String {
-    let Scene {
-        who,
-        order,
-        badge,
-        tag,
-        ..
-    } = s;
-    let mut named = [
-        format!("order {order}"),
-        format!("badge {badge}"),
-        format!("tag {tag}"),
-    ];
+    let Scene { who, order, badge, tag, .. } = s;
+    let mut named = [format!("order {order}"), format!("badge {badge}"), format!("tag {tag}")];
     shuffle(rng, &mut named);
     let [a, b, c] = &named;
     let prose = wording(
@@ -195,9 +166,8 @@ fn desk_register(s: &Scene, rng: &mut ChaCha8Rng) -> String {
     let people: [&str; 3] = pick_several(rng, &PEOPLE);
     let numbers: [u32; 3] = std::array::from_fn(|_| rng.random_range(100..=999));
     let what = pick(rng, &["badge", "tag"]);
-    let rows: Vec<String> = (0..3)
-        .map(|i| format!("{} has {what} {}", people[i], numbers[i]))
-        .collect();
+    let rows: Vec<String> =
+        (0..3).map(|i| format!("{} has {what} {}", people[i], numbers[i])).collect();
     let asked = rng.random_range(0..3);
     let (name, number) = (people[asked], numbers[asked]);
     let question = wording(
@@ -212,9 +182,7 @@ fn desk_register(s: &Scene, rng: &mut ChaCha8Rng) -> String {
 }
 
 fn fault_report(s: &Scene, rng: &mut ChaCha8Rng) -> String {
-    let Scene {
-        who, line, fault, ..
-    } = s;
+    let Scene { who, line, fault, .. } = s;
     let Fault { code, machine, .. } = fault;
     let (cause, remedy, crew) = (fault.cause(), fault.remedy(), fault.crew.name());
     wording(
@@ -235,21 +203,8 @@ fn fault_report(s: &Scene, rng: &mut ChaCha8Rng) -> String {
 }
 
 fn fault_talk(s: &Scene, rng: &mut ChaCha8Rng) -> String {
-    let Scene {
-        who,
-        other,
-        line,
-        fault,
-        ..
-    } = s;
-    let Fault {
-        code,
-        machine,
-        state,
-        part,
-        verb,
-        ..
-    } = fault;
+    let Scene { who, other, line, fault, .. } = s;
+    let Fault { code, machine, state, part, verb, .. } = fault;
     let report = wording(
         rng,
         [
@@ -279,13 +234,7 @@ fn fault_talk(s: &Scene, rng: &mut ChaCha8Rng) -> String {
 
 /// Which crew went where. Here a fault may show on any machine; only its code is tied to one.
 fn crew_log(s: &Scene, rng: &mut ChaCha8Rng) -> String {
-    let Scene {
-        who,
-        line,
-        fault,
-        weekday,
-        ..
-    } = s;
+    let Scene { who, line, fault, weekday, .. } = s;
     let Fault { state, part, .. } = fault;
     let crew = fault.crew.name();
     let sound = fault_of_another_crew(rng, fault);
@@ -312,27 +261,14 @@ fn crew_log(s: &Scene, rng: &mut ChaCha8Rng) -> String {
 }
 
 fn crew_list(crew: Crew, rng: &mut ChaCha8Rng) -> String {
-    let parts: Vec<&str> = FAULTS
-        .iter()
-        .filter(|f| f.crew == crew)
-        .map(|f| f.part)
-        .collect();
+    let parts: Vec<&str> = FAULTS.iter().filter(|f| f.crew == crew).map(|f| f.part).collect();
     let [a, b, c] = pick_several(rng, &parts);
     format!("The {} crew looks after {a}, {b} and {c}.", crew.name())
 }
 
 fn parts_request(s: &Scene, rng: &mut ChaCha8Rng) -> String {
-    let Scene {
-        who,
-        other,
-        order,
-        fault,
-        tag,
-        ..
-    } = s;
-    let Fault {
-        part, bin, code, ..
-    } = fault;
+    let Scene { who, other, order, fault, tag, .. } = s;
+    let Fault { part, bin, code, .. } = fault;
     let request = wording(
         rng,
         [
@@ -369,10 +305,7 @@ fn handover(s: &Scene, rng: &mut ChaCha8Rng) -> String {
                 "Handover from {who} to {other}. The {} is {}, the {} is {} and the {} is {}.",
                 x.0, x.1, y.0, y.1, z.0, z.1
             ),
-            format!(
-                "Jobs of {who}: {} {}, {} {}, {} {}.",
-                x.0, x.1, y.0, y.1, z.0, z.1
-            ),
+            format!("Jobs of {who}: {} {}, {} {}, {} {}.", x.0, x.1, y.0, y.1, z.0, z.1),
             format!("{}: {}\n{}: {}\n{}: {}.", x.0, x.1, y.0, y.1, z.0, z.1),
             format!(
                 "Priority {} for the {}, {} for the {}, {} for the {}.",
@@ -406,12 +339,7 @@ fn inspection(s: &Scene, rng: &mut ChaCha8Rng) -> String {
 }
 
 fn gauge_line(r: &Reading, machine: &str, rng: &mut ChaCha8Rng) -> String {
-    let Reading {
-        gauge,
-        value,
-        warn,
-        stop,
-    } = r;
+    let Reading { gauge, value, warn, stop } = r;
     let (word, action) = match r.level() {
         Level::Normal => ("normal", format!("the {machine} may run")),
         Level::Raised => ("raised", format!("keep an eye on the {machine}")),
@@ -431,13 +359,7 @@ fn gauge_line(r: &Reading, machine: &str, rng: &mut ChaCha8Rng) -> String {
 }
 
 fn delivery(s: &Scene, rng: &mut ChaCha8Rng) -> String {
-    let Scene {
-        who,
-        order,
-        date,
-        fault,
-        ..
-    } = s;
+    let Scene { who, order, date, fault, .. } = s;
     let (iso, short, part) = (date.iso(), date.short(), fault.part);
     wording(
         rng,
@@ -461,9 +383,7 @@ fn calendar(s: &Scene, rng: &mut ChaCha8Rng) -> String {
         [
             format!("Dates of {}: {iso}. In short {short}.", s.who),
             format!("{} comes on {short}. Filed under {iso}.", s.who),
-            dates
-                .map(|d| format!("{} is {}", d.iso(), d.short()))
-                .join("\n"),
+            dates.map(|d| format!("{} is {}", d.iso(), d.short())).join("\n"),
         ],
     )
 }
@@ -496,9 +416,8 @@ fn serials(s: &Scene, rng: &mut ChaCha8Rng) -> String {
 /// A digit and two to four letters of one case, as in 7xqk.
 fn serial(rng: &mut ChaCha8Rng) -> String {
     let first = if rng.random_bool(0.5) { b'A' } else { b'a' };
-    let letters: String = (0..rng.random_range(2..=4))
-        .map(|_| char::from(first + rng.random_range(0..26)))
-        .collect();
+    let letters: String =
+        (0..rng.random_range(2..=4)).map(|_| char::from(first + rng.random_range(0..26))).collect();
     format!("{}{letters}", rng.random_range(1..=9))
 }
 
@@ -527,11 +446,7 @@ mod tests {
 
     #[test]
     fn documents_are_plain_ascii() {
-        assert!(
-            corpus(2, 2000)
-                .iter()
-                .all(|d| d.is_ascii() && !d.is_empty())
-        );
+        assert!(corpus(2, 2000).iter().all(|d| d.is_ascii() && !d.is_empty()));
     }
 
     /// A code always stands with its own machine, cause and remedy.
@@ -556,18 +471,13 @@ mod tests {
             let Some(at) = document.find("rder ") else {
                 continue;
             };
-            let number: String = document[at + 5..]
-                .chars()
-                .take_while(char::is_ascii_digit)
-                .collect();
+            let number: String =
+                document[at + 5..].chars().take_while(char::is_ascii_digit).collect();
             if number.len() == 4 {
                 named += 1;
                 repeated += usize::from(document.matches(&number).count() > 1);
             }
         }
-        assert!(
-            named > 500 && repeated * 3 > named * 2,
-            "{repeated} of {named}"
-        );
+        assert!(named > 500 && repeated * 3 > named * 2, "{repeated} of {named}");
     }
 }

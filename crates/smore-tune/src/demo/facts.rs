@@ -7,29 +7,20 @@ use rand::seq::{IndexedRandom, index};
 use rand::{Rng, RngExt};
 
 /// Machines of the factory.
-pub(super) const MACHINES: [&str; 10] = [
-    "press", "lathe", "mill", "saw", "pump", "crane", "oven", "drill", "mixer", "robot",
-];
+pub(super) const MACHINES: [&str; 10] =
+    ["press", "lathe", "mill", "saw", "pump", "crane", "oven", "drill", "mixer", "robot"];
 
 /// People of the maintenance desk.
-pub(super) const PEOPLE: [&str; 8] = [
-    "Anna", "Ben", "Carla", "Dan", "Eva", "Finn", "Greta", "Hugo",
-];
+pub(super) const PEOPLE: [&str; 8] =
+    ["Anna", "Ben", "Carla", "Dan", "Eva", "Finn", "Greta", "Hugo"];
 
 /// Days of the working week. They stand alone, never beside a date, so none can be wrong.
-pub(super) const WEEKDAYS: [&str; 6] = [
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-    "Thursday",
-    "Friday",
-    "Saturday",
-];
+pub(super) const WEEKDAYS: [&str; 6] =
+    ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 
 /// Short names of the months.
-pub(super) const MONTHS: [&str; 12] = [
-    "Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec",
-];
+pub(super) const MONTHS: [&str; 12] =
+    ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
 
 /// What an inspection reads.
 pub(super) const GAUGES: [&str; 5] = ["heat", "load", "speed", "noise", "pressure"];
@@ -90,156 +81,43 @@ const fn fault(
     crew: Crew,
     bin: &'static str,
 ) -> Fault {
-    Fault {
-        code,
-        machine,
-        state,
-        part,
-        verb,
-        crew,
-        bin,
-    }
+    Fault { code, machine, state, part, verb, crew, bin }
 }
 
 use Crew::{Control, Electrical, Hydraulic, Mechanical};
 
 /// All faults. A part belongs to one fault, so a part names its crew; a state does not.
 pub(super) const FAULTS: [Fault; 32] = [
-    fault(
-        "E14",
-        "lathe",
-        ("worn", "bearing"),
-        "replace",
-        Mechanical,
-        "C4",
-    ),
+    fault("E14", "lathe", ("worn", "bearing"), "replace", Mechanical, "C4"),
     fault("K72", "mixer", ("bent", "shaft"), "align", Mechanical, "A7"),
-    fault(
-        "F35",
-        "crane",
-        ("loose", "bolt"),
-        "tighten",
-        Mechanical,
-        "B2",
-    ),
-    fault(
-        "H91",
-        "mill",
-        ("cracked", "gear"),
-        "replace",
-        Mechanical,
-        "D9",
-    ),
+    fault("F35", "crane", ("loose", "bolt"), "tighten", Mechanical, "B2"),
+    fault("H91", "mill", ("cracked", "gear"), "replace", Mechanical, "D9"),
     fault("F28", "saw", ("jammed", "chain"), "free", Mechanical, "A3"),
-    fault(
-        "E63",
-        "drill",
-        ("broken", "spring"),
-        "replace",
-        Mechanical,
-        "C8",
-    ),
+    fault("E63", "drill", ("broken", "spring"), "replace", Mechanical, "C8"),
     fault("H47", "saw", ("dull", "blade"), "grind", Mechanical, "D1"),
     fault("K19", "press", ("bent", "guard"), "align", Mechanical, "B6"),
-    fault(
-        "K56",
-        "oven",
-        ("burnt", "fuse"),
-        "replace",
-        Electrical,
-        "D4",
-    ),
-    fault(
-        "F82",
-        "mixer",
-        ("burnt", "coil"),
-        "replace",
-        Electrical,
-        "A9",
-    ),
-    fault(
-        "E37",
-        "robot",
-        ("loose", "plug"),
-        "tighten",
-        Electrical,
-        "C2",
-    ),
-    fault(
-        "H25",
-        "crane",
-        ("dead", "battery"),
-        "charge",
-        Electrical,
-        "B8",
-    ),
-    fault(
-        "E98",
-        "drill",
-        ("broken", "cable"),
-        "replace",
-        Electrical,
-        "D6",
-    ),
-    fault(
-        "K41",
-        "lathe",
-        ("worn", "brush"),
-        "replace",
-        Electrical,
-        "A1",
-    ),
+    fault("K56", "oven", ("burnt", "fuse"), "replace", Electrical, "D4"),
+    fault("F82", "mixer", ("burnt", "coil"), "replace", Electrical, "A9"),
+    fault("E37", "robot", ("loose", "plug"), "tighten", Electrical, "C2"),
+    fault("H25", "crane", ("dead", "battery"), "charge", Electrical, "B8"),
+    fault("E98", "drill", ("broken", "cable"), "replace", Electrical, "D6"),
+    fault("K41", "lathe", ("worn", "brush"), "replace", Electrical, "A1"),
     fault("F13", "pump", ("dirty", "motor"), "clean", Electrical, "C7"),
-    fault(
-        "H69",
-        "oven",
-        ("cracked", "lamp"),
-        "replace",
-        Electrical,
-        "B3",
-    ),
-    fault(
-        "H34",
-        "press",
-        ("leaking", "hose"),
-        "replace",
-        Hydraulic,
-        "B9",
-    ),
+    fault("H69", "oven", ("cracked", "lamp"), "replace", Electrical, "B3"),
+    fault("H34", "press", ("leaking", "hose"), "replace", Hydraulic, "B9"),
     fault("E75", "pump", ("jammed", "valve"), "free", Hydraulic, "C1"),
     fault("K23", "pump", ("worn", "seal"), "replace", Hydraulic, "A6"),
     fault("F94", "mill", ("dirty", "filter"), "clean", Hydraulic, "D3"),
     fault("F57", "press", ("broken", "pipe"), "weld", Hydraulic, "B4"),
     fault("K86", "mixer", ("leaking", "tank"), "weld", Hydraulic, "C9"),
-    fault(
-        "E42",
-        "crane",
-        ("jammed", "piston"),
-        "free",
-        Hydraulic,
-        "A8",
-    ),
+    fault("E42", "crane", ("jammed", "piston"), "free", Hydraulic, "A8"),
     fault("H18", "lathe", ("dirty", "oil"), "change", Hydraulic, "D2"),
     fault("F61", "robot", ("dead", "screen"), "replace", Control, "C6"),
     fault("H53", "mill", ("frozen", "panel"), "reset", Control, "B1"),
-    fault(
-        "K95",
-        "robot",
-        ("wrong", "program"),
-        "change",
-        Control,
-        "D7",
-    ),
+    fault("K95", "robot", ("wrong", "program"), "change", Control, "D7"),
     fault("E29", "saw", ("wrong", "sensor"), "align", Control, "A4"),
     fault("K38", "oven", ("wrong", "timer"), "reset", Control, "C3"),
-    fault(
-        "F46",
-        "drill",
-        ("frozen", "counter"),
-        "reset",
-        Control,
-        "B7",
-    ),
+    fault("F46", "drill", ("frozen", "counter"), "reset", Control, "B7"),
     fault("H84", "saw", ("dirty", "camera"), "clean", Control, "D8"),
     fault("E51", "robot", ("dead", "switch"), "replace", Control, "A2"),
 ];
@@ -256,9 +134,7 @@ pub(super) fn wording<const N: usize>(rng: &mut impl Rng, mut texts: [String; N]
 
 /// `N` different items in random order.
 pub(super) fn pick_several<T: Copy, const N: usize>(rng: &mut impl Rng, items: &[T]) -> [T; N] {
-    index::sample_array::<_, N>(rng, items.len())
-        .expect("tables are long enough")
-        .map(|i| items[i])
+    index::sample_array::<_, N>(rng, items.len()).expect("tables are long enough").map(|i| items[i])
 }
 
 /// Any fault.
@@ -336,12 +212,7 @@ impl Reading {
             Level::Raised => rng.random_range(warn..stop),
             Level::Critical => rng.random_range(stop..(stop + 20).min(100)),
         };
-        Self {
-            gauge: pick(rng, &GAUGES),
-            value,
-            warn,
-            stop,
-        }
+        Self { gauge: pick(rng, &GAUGES), value, warn, stop }
     }
 
     pub(super) fn level(&self) -> Level {
@@ -378,14 +249,7 @@ mod tests {
 
     #[test]
     fn dates_have_two_forms() {
-        let date = Date {
-            year: 2026,
-            month: 3,
-            day: 9,
-        };
-        assert_eq!(
-            (date.iso().as_str(), date.short().as_str()),
-            ("2026-03-09", "9 Mar")
-        );
+        let date = Date { year: 2026, month: 3, day: 9 };
+        assert_eq!((date.iso().as_str(), date.short().as_str()), ("2026-03-09", "9 Mar"));
     }
 }

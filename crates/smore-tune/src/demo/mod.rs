@@ -105,25 +105,14 @@ pub fn write_base_folder(dir: &Path, seed: u64, n_documents: usize) -> Result<us
     let sample = &documents[..documents.len().min(TOKENIZER_DOCUMENTS)];
     let tokenizer = tokenizer::train_tokenizer(sample, VOCAB_SIZE)?;
     let texts = join_documents(&documents, &tokenizer)?;
-    let lines: String = texts
-        .iter()
-        .map(|text| json!({"text": text}).to_string() + "\n")
-        .collect();
+    let lines: String = texts.iter().map(|text| json!({"text": text}).to_string() + "\n").collect();
     let config = base_config(tokenizer.get_vocab_size(true));
 
     fs::create_dir_all(dir).map_err(|source| write_error(dir, source))?;
     write(dir, "config.json", &format!("{config:#}\n"))?;
     write(dir, "tokenizer.json", &tokenizer.to_string(true)?)?;
-    write(
-        dir,
-        "tokenizer_config.json",
-        &format!("{:#}\n", tokenizer_config()),
-    )?;
-    write(
-        dir,
-        "generation_config.json",
-        &format!("{:#}\n", generation_config()),
-    )?;
+    write(dir, "tokenizer_config.json", &format!("{:#}\n", tokenizer_config()))?;
+    write(dir, "generation_config.json", &format!("{:#}\n", generation_config()))?;
     write(dir, "corpus.jsonl", &lines)?;
     Ok(texts.len())
 }
@@ -159,10 +148,7 @@ fn write(dir: &Path, name: &str, content: &str) -> Result<(), DemoError> {
 }
 
 fn write_error(path: &Path, source: std::io::Error) -> DemoError {
-    DemoError::Write {
-        path: path.to_owned(),
-        source,
-    }
+    DemoError::Write { path: path.to_owned(), source }
 }
 
 #[cfg(test)]
@@ -176,10 +162,7 @@ mod tests {
         let (d, head) = (n("hidden_size"), n("head_dim"));
         let attention = 2 * d * head * (n("num_attention_heads") + n("num_key_value_heads"));
         let block = attention + 3 * d * n("intermediate_size") + 2 * d;
-        assert_eq!(
-            n("vocab_size") * d + n("num_hidden_layers") * block + d,
-            803_968
-        );
+        assert_eq!(n("vocab_size") * d + n("num_hidden_layers") * block + d, 803_968);
     }
 
     #[test]

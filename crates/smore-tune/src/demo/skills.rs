@@ -38,14 +38,8 @@ pub enum Skill {
 
 impl Skill {
     /// All skills.
-    pub const ALL: [Self; 6] = [
-        Self::Route,
-        Self::Remedy,
-        Self::Extract,
-        Self::Date,
-        Self::Limit,
-        Self::Plan,
-    ];
+    pub const ALL: [Self; 6] =
+        [Self::Route, Self::Remedy, Self::Extract, Self::Date, Self::Limit, Self::Plan];
 
     /// Short name, as in the `skill` key of the data.
     pub fn name(self) -> &'static str {
@@ -128,12 +122,7 @@ pub fn dataset(seed: u64, n_train: usize, n_heldout: usize) -> (Vec<Example>, Ve
 /// One JSON object a line with the keys `prompt`, `completion` and `skill`.
 pub fn to_jsonl(examples: &[Example]) -> String {
     let mut text = String::new();
-    for Example {
-        skill,
-        prompt,
-        completion,
-    } in examples
-    {
+    for Example { skill, prompt, completion } in examples {
         let line = json!({"prompt": prompt, "completion": completion, "skill": skill.name()});
         text.push_str(&line.to_string());
         text.push('\n');
@@ -152,20 +141,12 @@ enum Part {
 impl Part {
     /// One key in five is held out.
     fn of_key(key: usize) -> Self {
-        if key.is_multiple_of(5) {
-            Self::HeldOut
-        } else {
-            Self::Train
-        }
+        if key.is_multiple_of(5) { Self::HeldOut } else { Self::Train }
     }
 
     /// As [`Part::of_key`], but every eighth fault, one of each crew, is always held out.
     fn of_fault(fault: usize, reserved: usize, other: usize) -> Self {
-        if fault % 8 == reserved {
-            Self::HeldOut
-        } else {
-            Self::of_key(fault + other)
-        }
+        if fault % 8 == reserved { Self::HeldOut } else { Self::of_key(fault + other) }
     }
 }
 
@@ -218,10 +199,7 @@ fn example(skill: Skill, part: Part, rng: &mut ChaCha8Rng, seen: &mut BTreeSet<S
 }
 
 fn route(rng: &mut ChaCha8Rng) -> Draft {
-    let (f, m) = (
-        rng.random_range(0..FAULTS.len()),
-        rng.random_range(0..MACHINES.len()),
-    );
+    let (f, m) = (rng.random_range(0..FAULTS.len()), rng.random_range(0..MACHINES.len()));
     let (fault, machine) = (&FAULTS[f], MACHINES[m]);
     let Fault { state, part, .. } = fault;
     let line = rng.random_range(1..=9);
@@ -292,11 +270,7 @@ fn date(rng: &mut ChaCha8Rng) -> Draft {
     let iso = date.iso();
     let entry = wording(
         rng,
-        [
-            format!("Form of {iso}."),
-            format!("Arrived {iso}."),
-            format!("Visit: {iso}."),
-        ],
+        [format!("Form of {iso}."), format!("Arrived {iso}."), format!("Visit: {iso}.")],
     );
     Draft {
         prompt: format!("{entry} Label:"),
@@ -307,12 +281,7 @@ fn date(rng: &mut ChaCha8Rng) -> Draft {
 
 fn limit(rng: &mut ChaCha8Rng) -> Draft {
     let reading = Reading::draw(rng);
-    let Reading {
-        gauge,
-        value,
-        warn,
-        stop,
-    } = reading;
+    let Reading { gauge, value, warn, stop } = reading;
     let check = wording(
         rng,
         [
@@ -342,18 +311,9 @@ fn plan(rng: &mut ChaCha8Rng) -> Draft {
     let backlog = wording(
         rng,
         [
-            format!(
-                "Backlog: {} {}, {} {}, {} {}.",
-                x.0, x.1, y.0, y.1, z.0, z.1
-            ),
-            format!(
-                "Waiting: {} - {}, {} - {}, {} - {}.",
-                x.0, x.1, y.0, y.1, z.0, z.1
-            ),
-            format!(
-                "Jobs: {} = {}; {} = {}; {} = {}.",
-                x.0, x.1, y.0, y.1, z.0, z.1
-            ),
+            format!("Backlog: {} {}, {} {}, {} {}.", x.0, x.1, y.0, y.1, z.0, z.1),
+            format!("Waiting: {} - {}, {} - {}, {} - {}.", x.0, x.1, y.0, y.1, z.0, z.1),
+            format!("Jobs: {} = {}; {} = {}; {} = {}.", x.0, x.1, y.0, y.1, z.0, z.1),
         ],
     );
     Draft {

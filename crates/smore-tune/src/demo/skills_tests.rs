@@ -8,9 +8,7 @@ const SEED: u64 = 11;
 
 /// Words and numbers of a text.
 fn words(text: &str) -> Vec<&str> {
-    text.split(|c: char| !c.is_ascii_alphanumeric())
-        .filter(|w| !w.is_empty())
-        .collect()
+    text.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty()).collect()
 }
 
 /// The word or number right after `name`.
@@ -49,11 +47,7 @@ fn solve(example: &Example) -> String {
         Skill::Date => {
             let n = words.len();
             let month: usize = words[n - 3].parse().unwrap();
-            format!(
-                "{} {}",
-                words[n - 2].trim_start_matches('0'),
-                MONTHS[month - 1]
-            )
+            format!("{} {}", words[n - 2].trim_start_matches('0'), MONTHS[month - 1])
         }
         Skill::Limit => {
             let number = |name: &str| after(&words, name).parse::<i32>().unwrap();
@@ -93,13 +87,7 @@ fn held_out_prompts_are_new_and_unique() {
 fn substance(example: &Example) -> Vec<String> {
     let prompt = example.prompt.as_str();
     let words = words(prompt);
-    let known = |table: &[&str]| {
-        words
-            .iter()
-            .find(|w| table.contains(w))
-            .unwrap()
-            .to_string()
-    };
+    let known = |table: &[&str]| words.iter().find(|w| table.contains(w)).unwrap().to_string();
     match example.skill {
         Skill::Route => vec![known(&MACHINES), broken(prompt).part.to_owned()],
         Skill::Remedy => vec![fault_of_code(&words).code.to_owned(), line_of(prompt)],
@@ -129,10 +117,7 @@ fn held_out_questions_are_new_in_substance() {
     let (train, held_out) = dataset(SEED, 6000, 600);
     let train: BTreeSet<_> = train.iter().map(|e| (e.skill, substance(e))).collect();
     for example in &held_out {
-        assert!(
-            !train.contains(&(example.skill, substance(example))),
-            "{example:?}"
-        );
+        assert!(!train.contains(&(example.skill, substance(example))), "{example:?}");
     }
 }
 
@@ -144,24 +129,19 @@ fn reserved_faults_are_only_held_out() {
             .iter()
             .filter(|e| e.skill == skill)
             .filter(|e| {
-                FAULTS
-                    .iter()
-                    .skip(reserved)
-                    .step_by(8)
-                    .any(|f| match skill {
-                        Skill::Remedy => e.prompt.contains(f.code),
-                        _ => {
-                            e.prompt.contains(&f.cause())
-                                || e.prompt.contains(&format!("the {} is {}", f.part, f.state))
-                        }
-                    })
+                FAULTS.iter().skip(reserved).step_by(8).any(|f| match skill {
+                    Skill::Remedy => e.prompt.contains(f.code),
+                    _ => {
+                        e.prompt.contains(&f.cause())
+                            || e.prompt.contains(&format!("the {} is {}", f.part, f.state))
+                    }
+                })
             })
             .count()
     };
-    for (skill, reserved) in [
-        (Skill::Route, RESERVED_FOR_ROUTE),
-        (Skill::Remedy, RESERVED_FOR_REMEDY),
-    ] {
+    for (skill, reserved) in
+        [(Skill::Route, RESERVED_FOR_ROUTE), (Skill::Remedy, RESERVED_FOR_REMEDY)]
+    {
         assert_eq!(has_reserved(&train, skill, reserved), 0);
         let n = has_reserved(&held_out, skill, reserved);
         assert!((20..=70).contains(&n), "{n} of 100");
@@ -182,12 +162,7 @@ fn skills_are_balanced() {
 fn answers_follow_from_the_prompts() {
     let (train, held_out) = dataset(SEED, 3000, 600);
     for example in train.iter().chain(&held_out) {
-        assert_eq!(
-            example.completion,
-            format!(" {}", solve(example)),
-            "{}",
-            example.prompt
-        );
+        assert_eq!(example.completion, format!(" {}", solve(example)), "{}", example.prompt);
     }
 }
 
@@ -196,20 +171,10 @@ fn answers_follow_from_the_prompts() {
 fn no_answer_dominates_its_skill() {
     let (_, held_out) = dataset(SEED, 0, 1200);
     for skill in Skill::ALL {
-        let answers: Vec<_> = held_out
-            .iter()
-            .filter(|e| e.skill == skill)
-            .map(|e| &e.completion)
-            .collect();
-        let most = answers
-            .iter()
-            .map(|a| answers.iter().filter(|b| b == &a).count())
-            .max();
-        assert!(
-            most.unwrap() * 10 <= answers.len() * 4,
-            "{skill}: {most:?} of {}",
-            answers.len()
-        );
+        let answers: Vec<_> =
+            held_out.iter().filter(|e| e.skill == skill).map(|e| &e.completion).collect();
+        let most = answers.iter().map(|a| answers.iter().filter(|b| b == &a).count()).max();
+        assert!(most.unwrap() * 10 <= answers.len() * 4, "{skill}: {most:?} of {}", answers.len());
     }
 }
 
@@ -219,12 +184,7 @@ fn the_corpus_has_no_cue_and_no_prompt_lacks_it() {
     let (train, _) = dataset(SEED, 600, 0);
     for skill in Skill::ALL {
         assert!(corpus.iter().all(|d| !d.contains(skill.cue())), "{skill}");
-        assert!(
-            train
-                .iter()
-                .filter(|e| e.skill == skill)
-                .all(|e| e.prompt.contains(skill.cue()))
-        );
+        assert!(train.iter().filter(|e| e.skill == skill).all(|e| e.prompt.contains(skill.cue())));
     }
 }
 
@@ -255,17 +215,11 @@ fn samples_are_short_and_of_known_tokens() {
         for example in of_skill {
             let (prompt, completion) = (ids(&example.prompt), ids(&example.completion));
             assert!(completion.len() <= 12, "{example:?}: {}", completion.len());
-            assert!(
-                completion.iter().all(|id| known.contains(id)),
-                "{example:?}"
-            );
+            assert!(completion.iter().all(|id| known.contains(id)), "{example:?}");
             totals.push(prompt.len() + completion.len());
         }
         totals.sort_unstable();
         let (median, longest) = (totals[totals.len() / 2], totals[totals.len() - 1]);
-        assert!(
-            (12..=45).contains(&median) && longest <= 60,
-            "{skill}: {median}, {longest}"
-        );
+        assert!((12..=45).contains(&median) && longest <= 60, "{skill}: {median}, {longest}");
     }
 }

@@ -43,10 +43,7 @@ pub fn train_tokenizer(documents: &[String], vocab_size: usize) -> Result<Tokeni
     }
     let merges = learn_merges(&words, &mut tokens, vocab_size);
     let ids: Vocab = tokens.into_iter().zip(0..).collect();
-    let model = BPE::builder()
-        .vocab_and_merges(ids, merges)
-        .unk_token(UNK.to_owned())
-        .build()?;
+    let model = BPE::builder().vocab_and_merges(ids, merges).unk_token(UNK.to_owned()).build()?;
     let mut tokenizer = Tokenizer::new(model);
     tokenizer
         .with_pre_tokenizer(Some(pre_tokenizer()))
@@ -62,10 +59,7 @@ pub fn train_tokenizer(documents: &[String], vocab_size: usize) -> Result<Tokeni
 }
 
 fn pre_tokenizer() -> Sequence {
-    Sequence::new(vec![
-        Digits::new(true).into(),
-        ByteLevel::new(false, false, true).into(),
-    ])
+    Sequence::new(vec![Digits::new(true).into(), ByteLevel::new(false, false, true).into()])
 }
 
 /// Pieces that no merge may cross, in the byte-level alphabet, with their counts.
@@ -90,10 +84,7 @@ fn initial_tokens(words: &BTreeMap<String, u64>) -> Vec<String> {
     alphabet.sort_unstable();
     alphabet.dedup();
     let special = [BOS, EOS, UNK].map(str::to_owned);
-    special
-        .into_iter()
-        .chain(alphabet.into_iter().map(String::from))
-        .collect()
+    special.into_iter().chain(alphabet.into_iter().map(String::from)).collect()
 }
 
 /// Merges the most frequent pair until `tokens` has `vocab_size` entries; a tie goes to the pair
@@ -108,12 +99,7 @@ fn learn_merges(
     let mut spelled: Vec<(Vec<usize>, u64)> = words
         .iter()
         .map(|(word, &count)| {
-            (
-                word.chars()
-                    .map(|c| ids[c.encode_utf8(&mut [0; 4]) as &str])
-                    .collect(),
-                count,
-            )
+            (word.chars().map(|c| ids[c.encode_utf8(&mut [0; 4]) as &str]).collect(), count)
         })
         .collect();
     let mut merges = Vec::new();
@@ -193,13 +179,7 @@ mod tests {
         assert_eq!(encoding.get_ids()[0], 0);
         assert_eq!(tokenizer.decode(encoding.get_ids(), true).unwrap(), text);
         let digits = |t: &&String| t.chars().any(|c| c.is_ascii_digit());
-        assert!(
-            encoding
-                .get_tokens()
-                .iter()
-                .filter(digits)
-                .all(|t| t.len() == 1)
-        );
+        assert!(encoding.get_tokens().iter().filter(digits).all(|t| t.len() == 1));
     }
 
     /// What is read back from a file encodes as the tokenizer that was trained.
@@ -208,12 +188,7 @@ mod tests {
         let tokenizer = trained(1);
         let loaded: Tokenizer = tokenizer.to_string(false).unwrap().parse().unwrap();
         for document in corpus(9, 200) {
-            let ids = |t: &Tokenizer| {
-                t.encode(document.as_str(), true)
-                    .unwrap()
-                    .get_ids()
-                    .to_vec()
-            };
+            let ids = |t: &Tokenizer| t.encode(document.as_str(), true).unwrap().get_ids().to_vec();
             assert_eq!(ids(&tokenizer), ids(&loaded));
         }
     }

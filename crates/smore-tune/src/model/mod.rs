@@ -200,9 +200,8 @@ impl<D: AdapterKernels> Model<D> {
         let shape = self.attention_shape(batch);
         let mut x = self.embed(&batch.ids);
         let mode = Mode { valid: None, noise: None };
-        let blocks = (0..self.spec.blocks).filter_map(|b| {
-            self.block_forward(b, &mut x, &shape, &batch.positions, mode, true)
-        });
+        let blocks = (0..self.spec.blocks)
+            .filter_map(|b| self.block_forward(b, &mut x, &shape, &batch.positions, mode, true));
         blocks.flat_map(BlockSaved::into_routing).collect()
     }
 
@@ -249,7 +248,16 @@ impl<D: AdapterKernels> Model<D> {
         let mut routing = Vec::new();
         for b in (lowest..self.spec.blocks).rev() {
             if let Some(saved) = saved.pop() {
-                self.block_backward(b, &saved, &mut dx, &shape, &batch.positions, mode, scales, grads);
+                self.block_backward(
+                    b,
+                    &saved,
+                    &mut dx,
+                    &shape,
+                    &batch.positions,
+                    mode,
+                    scales,
+                    grads,
+                );
                 routing.extend(saved.into_routing().into_iter().rev());
             }
         }

@@ -107,8 +107,8 @@ impl Proj {
     pub fn parse(name: &str) -> std::result::Result<Self, String> {
         Self::ALL.into_iter().find(|p| p.name() == name).ok_or_else(|| {
             let known = Self::ALL.map(Self::name);
-            let hint = nearest(name, known)
-                .map_or_else(String::new, |n| format!("; did you mean `{n}`?"));
+            let hint =
+                nearest(name, known).map_or_else(String::new, |n| format!("; did you mean `{n}`?"));
             format!("adapter.targets names `{name}`; expected some of {}{hint}", known.join(", "))
         })
     }
@@ -126,8 +126,7 @@ impl DecoderSpec {
             file: path.to_owned(),
             message: format!("not valid JSON: {e}"),
         })?;
-        Self::from_json(&json)
-            .map_err(|message| Error::Model { file: path.to_owned(), message })
+        Self::from_json(&json).map_err(|message| Error::Model { file: path.to_owned(), message })
     }
 
     /// Reads the object in `config.json`.
@@ -263,8 +262,8 @@ impl Llama3Scaling {
         } else if ratio > self.high_freq_factor {
             frequency
         } else {
-            let blend = (ratio - self.low_freq_factor)
-                / (self.high_freq_factor - self.low_freq_factor);
+            let blend =
+                (ratio - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
             (1.0 - blend) * frequency / self.factor + blend * frequency
         }
     }

@@ -96,9 +96,8 @@ impl<D: AdapterKernels> Weights<D> {
         let (vocabulary, hidden) = (spec.vocabulary, spec.hidden);
         let blocks = (0..spec.blocks)
             .map(|b| {
-                let mut norm = |name: &str| {
-                    source.vector(&format!("model.layers.{b}.{name}.weight"), hidden)
-                };
+                let mut norm =
+                    |name: &str| source.vector(&format!("model.layers.{b}.{name}.weight"), hidden);
                 let attention_norm = norm("input_layernorm");
                 let ffn_norm = norm("post_attention_layernorm");
                 let maps = Proj::ALL.map(|proj| {

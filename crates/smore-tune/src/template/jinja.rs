@@ -23,9 +23,8 @@ pub(super) fn environment() -> Environment<'static> {
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
-    environment.add_filter(GENERATION, |text: String| {
-        format!("{TRAINED_START}{text}{TRAINED_END}")
-    });
+    environment
+        .add_filter(GENERATION, |text: String| format!("{TRAINED_START}{text}{TRAINED_END}"));
     environment
 }
 
@@ -56,10 +55,7 @@ pub(super) fn generation_as_filter(source: &str) -> (String, bool) {
 }
 
 fn raise_exception(message: &str) -> Result<String, Error> {
-    Err(Error::new(
-        ErrorKind::InvalidOperation,
-        format!("{RAISED}{message}"),
-    ))
+    Err(Error::new(ErrorKind::InvalidOperation, format!("{RAISED}{message}")))
 }
 
 /// The date of every prompt, so that a prompt is the same on any day: the one that Llama's
@@ -99,10 +95,7 @@ fn strftime_now(format: &str) -> Result<String, Error> {
 }
 
 /// JSON as Python writes it. The built-in filter also escapes what HTML needs; that is undone.
-#[allow(
-    clippy::needless_pass_by_value,
-    reason = "the form that Jinja takes filters in"
-)]
+#[allow(clippy::needless_pass_by_value, reason = "the form that Jinja takes filters in")]
 fn tojson(value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Result<Value, Error> {
     // Hugging Face's own filter takes `ensure_ascii` too and leaves it off by default.
     let _: Option<bool> = kwargs.get("ensure_ascii")?;
@@ -112,9 +105,7 @@ fn tojson(value: &Value, indent: Option<Value>, kwargs: Kwargs) -> Result<Value,
     };
     kwargs.assert_all_used()?;
     let html = minijinja::filters::tojson(value, indent, Kwargs::from_iter(NO_KWARGS))?;
-    Ok(Value::from(unescape_html(
-        html.as_str().unwrap_or_default(),
-    )))
+    Ok(Value::from(unescape_html(html.as_str().unwrap_or_default())))
 }
 
 const NO_KWARGS: [(&str, Value); 0] = [];
@@ -125,15 +116,8 @@ fn unescape_html(json: &str) -> String {
     while let Some(at) = rest.find('\\') {
         out.push_str(&rest[..at]);
         rest = &rest[at..];
-        let escapes = [
-            ("\\u003c", '<'),
-            ("\\u003e", '>'),
-            ("\\u0026", '&'),
-            ("\\u0027", '\''),
-        ];
-        if let Some((escape, c)) = escapes
-            .into_iter()
-            .find(|(escape, _)| rest.starts_with(escape))
+        let escapes = [("\\u003c", '<'), ("\\u003e", '>'), ("\\u0026", '&'), ("\\u0027", '\'')];
+        if let Some((escape, c)) = escapes.into_iter().find(|(escape, _)| rest.starts_with(escape))
         {
             out.push(c);
             rest = &rest[escape.len()..];
@@ -157,15 +141,9 @@ mod tests {
         let (source, found) =
             generation_as_filter("a {%- generation %}b{%endgeneration-%} c {% if x %}");
         assert!(found);
-        assert_eq!(
-            source,
-            "a {%- filter smore_generation %}b{%endfilter-%} c {% if x %}"
-        );
+        assert_eq!(source, "a {%- filter smore_generation %}b{%endfilter-%} c {% if x %}");
         assert!(!generation_as_filter("{% if add_generation_prompt %}").1);
-        assert_eq!(
-            generation_as_filter("text {% unclosed").0,
-            "text {% unclosed"
-        );
+        assert_eq!(generation_as_filter("text {% unclosed").0, "text {% unclosed");
     }
 
     #[test]

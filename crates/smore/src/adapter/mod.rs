@@ -171,9 +171,8 @@ impl<T: smore_engine::Float> GateNoise<T> {
         use rand_distr::{Distribution, StandardNormal};
         let mut rng =
             crate::rng::stream(key.seed, crate::rng::Purpose::GateNoise, key.step, key.place);
-        let mut layer = |len: usize| {
-            (0..len).map(|_| T::from_f64(StandardNormal.sample(&mut rng))).collect()
-        };
+        let mut layer =
+            |len: usize| (0..len).map(|_| T::from_f64(StandardNormal.sample(&mut rng))).collect();
         Self { layers: spec.layers.iter().map(|l| layer(n * l.parents * l.experts)).collect() }
     }
 }

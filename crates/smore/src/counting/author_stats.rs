@@ -5,8 +5,6 @@ use super::parameters::active;
 use super::{Activity, Multiplications, Parameters};
 use crate::spec::SmoreSpec;
 use serde::Serialize;
-use std::iter::Sum;
-use std::ops::{AddAssign, Mul};
 
 /// The authors' `ParamStats`, under their names: of one linear map or, added up, of many.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -53,44 +51,4 @@ impl AuthorStats {
     }
 }
 
-impl AddAssign for AuthorStats {
-    fn add_assign(&mut self, other: Self) {
-        self.trainable_param += other.trainable_param;
-        self.expert_param += other.expert_param;
-        self.expert_param_wo_proj += other.expert_param_wo_proj;
-        self.gate_param += other.gate_param;
-        self.active_param += other.active_param;
-        self.active_param_wo_proj += other.active_param_wo_proj;
-        self.expert_flops += other.expert_flops;
-        self.expert_flops_wo_proj += other.expert_flops_wo_proj;
-        self.gate_flops += other.gate_flops;
-    }
-}
-
-/// The same adapter on many blocks.
-impl Mul<usize> for AuthorStats {
-    type Output = Self;
-
-    fn mul(self, n: usize) -> Self {
-        Self {
-            trainable_param: self.trainable_param * n,
-            expert_param: self.expert_param * n,
-            expert_param_wo_proj: self.expert_param_wo_proj * n,
-            gate_param: self.gate_param * n,
-            active_param: self.active_param * n,
-            active_param_wo_proj: self.active_param_wo_proj * n,
-            expert_flops: self.expert_flops * n,
-            expert_flops_wo_proj: self.expert_flops_wo_proj * n,
-            gate_flops: self.gate_flops * n,
-        }
-    }
-}
-
-impl Sum for AuthorStats {
-    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
-        all.fold(Self::default(), |mut sum, one| {
-            sum += one;
-            sum
-        })
-    }
-}
+super::adds_up!(AuthorStats: trainable_param, expert_param, expert_param_wo_proj, gate_param, active_param, active_param_wo_proj, expert_flops, expert_flops_wo_proj, gate_flops);

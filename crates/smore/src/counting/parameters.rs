@@ -4,8 +4,6 @@ use super::{Activity, equal_rank_lora_parameters};
 use crate::layout::SmoreLayout;
 use crate::spec::SmoreSpec;
 use serde::Serialize;
-use std::iter::Sum;
-use std::ops::{AddAssign, Mul};
 
 /// Trainable parameters by part, of one linear map or, added up, of many.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -109,51 +107,7 @@ impl Parameters {
     }
 }
 
-impl AddAssign for Parameters {
-    fn add_assign(&mut self, other: Self) {
-        self.down += other.down;
-        self.down_bias += other.down_bias;
-        self.up += other.up;
-        self.up_bias += other.up_bias;
-        self.transform += other.transform;
-        self.transform_bias += other.transform_bias;
-        self.slopes += other.slopes;
-        self.output_proj += other.output_proj;
-        self.output_bias += other.output_bias;
-        self.router_view += other.router_view;
-        self.routers += other.routers;
-    }
-}
-
-/// The same adapter on many blocks.
-impl Mul<usize> for Parameters {
-    type Output = Self;
-
-    fn mul(self, n: usize) -> Self {
-        Self {
-            down: self.down * n,
-            down_bias: self.down_bias * n,
-            up: self.up * n,
-            up_bias: self.up_bias * n,
-            transform: self.transform * n,
-            transform_bias: self.transform_bias * n,
-            slopes: self.slopes * n,
-            output_proj: self.output_proj * n,
-            output_bias: self.output_bias * n,
-            router_view: self.router_view * n,
-            routers: self.routers * n,
-        }
-    }
-}
-
-impl Sum for Parameters {
-    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
-        all.fold(Self::default(), |mut sum, one| {
-            sum += one;
-            sum
-        })
-    }
-}
+super::adds_up!(Parameters: down, down_bias, up, up_bias, transform, transform_bias, slopes, output_proj, output_bias, router_view, routers);
 
 /// The paper's count (Eqs. 8 and 9): matrices without biases and router. Layer l has
 /// `s_l r_l d_in + d_{l+1}^2`, the projection `d_out d_L`.

@@ -79,12 +79,7 @@ fn leaf_keys<T: Float>(core: &Core<T>, p: usize) -> usize {
 }
 
 /// Scores of all experts at every position, from its embedding and key: `[n * F_l, s_l]`.
-fn pair_scores<T: Float>(
-    core: &Core<T>,
-    l: usize,
-    n: usize,
-    below: &LayerValues<T>,
-) -> Query<T> {
+fn pair_scores<T: Float>(core: &Core<T>, l: usize, n: usize, below: &LayerValues<T>) -> Query<T> {
     let layer = &core.spec.layers[l];
     let (embedding, key) = (layer.width_below, layer.key_width);
     let keys = &core.params[core.layout.layers[l].keys..][..layer.nodes * key];

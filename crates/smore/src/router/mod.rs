@@ -266,4 +266,3 @@ pub(crate) fn top<T: Float>(values: &[T], count: usize, chosen: &mut [u16]) {
         chosen[slot] = best.map_or(0, |(i, _)| i as u16);
     }
 }
-

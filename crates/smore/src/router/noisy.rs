@@ -128,8 +128,7 @@ fn make_noise<T: Float>(
             x.max_of(T::ZERO) + tail + T::from_f64(NOISE_FLOOR)
         })
         .collect();
-    let noisy =
-        clean.iter().zip(drawn).zip(&deviation).map(|((&c, &n), &d)| c + n * d).collect();
+    let noisy = clean.iter().zip(drawn).zip(&deviation).map(|((&c, &n), &d)| c + n * d).collect();
     Noise { drawn: drawn.to_vec(), raw, deviation, noisy }
 }
 

@@ -39,11 +39,8 @@ pub(super) fn forward<T: Float>(
                 top(p, f, idx);
             }
         }
-        let sum = if renormalises(gate) {
-            idx.iter().map(|&i| p[usize::from(i)]).sum()
-        } else {
-            T::ONE
-        };
+        let sum =
+            if renormalises(gate) { idx.iter().map(|&i| p[usize::from(i)]).sum() } else { T::ONE };
         for (w, &i) in weight.iter_mut().zip(idx.iter()) {
             *w = p[usize::from(i)] / sum;
         }
