@@ -5,6 +5,7 @@
 
 mod demo;
 mod generate;
+mod inspect;
 mod progress;
 mod table;
 mod train;
@@ -29,6 +30,8 @@ enum Command {
     Train(train::Args),
     /// Continue a prompt with a model and, if given, an adapter
     Generate(generate::Args),
+    /// Show an adapter's structure, size, cost and flexibility, from its folder or a configuration
+    Inspect(inspect::Args),
     /// Compute recorded cases of other implementations again and compare
     Verify(verify::Args),
 }
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Inspect(args) => inspect::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     match result {

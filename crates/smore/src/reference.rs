@@ -153,7 +153,9 @@ impl Reference<'_> {
                 let sum: f64 = order.iter().map(|&e| p[e]).sum();
                 let sum = if layer.fanout > 1 { sum } else { 1.0 };
                 let mut load = vec![0.0; p.len()];
-                order.iter().for_each(|&e| load[e] = 1.0);
+                for &e in order {
+                    load[e] = 1.0;
+                }
                 let chosen = order.iter().map(|&e| (e, p[e] / sum)).collect();
                 Choice { chosen, load, importance: p }
             }
@@ -223,26 +225,24 @@ impl Reference<'_> {
         }
         let mut children = Vec::new();
         // Without a tree all nodes share what the layer below made of the token.
+        let multi_order = self.spec.structure == Structure::MultiOrder;
         let mut shared: Option<Node> = None;
         for (slot, &(expert, weight)) in choice.chosen.iter().enumerate() {
             let mut child = Node { children: vec![], hidden: vec![] };
             if l > 0 {
-                child = match &shared {
-                    Some(node) => node.clone(),
-                    None => {
-                        let mut keys = ancestors.to_vec();
-                        if self.spec.gate.ancestor_keys {
-                            keys.extend(self.key(l, expert));
-                        }
-                        let multi_order = self.spec.structure == Structure::MultiOrder;
-                        let at = if multi_order { 0 } else { position * layer.fanout + slot };
-                        let node = self.grow(l - 1, at, view, &keys, x, noise, sums.as_deref_mut());
-                        if multi_order {
-                            shared = Some(node.clone());
-                        }
-                        node
+                child = if let Some(node) = &shared {
+                    node.clone()
+                } else {
+                    let mut keys = ancestors.to_vec();
+                    if self.spec.gate.ancestor_keys {
+                        keys.extend(self.key(l, expert));
                     }
+                    let at = if multi_order { 0 } else { position * layer.fanout + slot };
+                    self.grow(l - 1, at, view, &keys, x, noise, sums.as_deref_mut())
                 };
+                if multi_order {
+                    shared = Some(child.clone());
+                }
             }
             children.push((expert, weight, child));
         }

@@ -44,7 +44,7 @@ impl Named<'_> {
     }
 
     /// Rows of `x`-long weights times `x`, plus a bias.
-    fn affine(&self, weight: &[f64], bias: &[f64], x: &[f64]) -> Vec<f64> {
+    fn affine(weight: &[f64], bias: &[f64], x: &[f64]) -> Vec<f64> {
         let row = |(w, b): (&[f64], &f64)| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>() + b;
         weight.chunks(x.len()).zip(bias).map(row).collect()
     }
@@ -53,16 +53,16 @@ impl Named<'_> {
     fn residual(&self, l: usize, e: usize, x: &[f64]) -> Vec<f64> {
         let (r, d) = (self.smore.spec.layers[l].rank, self.smore.spec.layers[l].width);
         let part = |name: String, len: usize| self.get(&name)[e * len..(e + 1) * len].to_vec();
-        let down = self.affine(
+        let down = Self::affine(
             &part(format!("moe_A.{l}"), r * D_IN),
             &part(format!("moe_A_bias.{l}"), r),
             x,
         );
-        self.affine(&part(format!("moe_B.{l}"), d * r), &part(format!("moe_B_bias.{l}"), d), &down)
+        Self::affine(&part(format!("moe_B.{l}"), d * r), &part(format!("moe_B_bias.{l}"), d), &down)
     }
 
     /// The f best of `scores` with their renormalised probabilities.
-    fn best(&self, scores: &[f64], f: usize) -> Vec<(usize, f64)> {
+    fn best(scores: &[f64], f: usize) -> Vec<(usize, f64)> {
         let sum: f64 = scores.iter().map(|s| s.exp()).sum();
         let mut order: Vec<usize> = (0..scores.len()).collect();
         order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
@@ -76,20 +76,20 @@ impl Named<'_> {
     fn output(&self, x: &[f64]) -> Vec<f64> {
         let spec = &self.smore.spec;
         let view =
-            self.affine(self.get("moe_downproj_x.weight"), self.get("moe_downproj_x.bias"), x);
+            Self::affine(self.get("moe_downproj_x.weight"), self.get("moe_downproj_x.bias"), x);
         let mut below: Vec<Vec<f64>> = Vec::new();
         for (l, layer) in spec.layers.iter().enumerate() {
             below = (0..layer.parents)
                 .map(|parent| {
                     let scores = self.scores(l, parent, &view, &below);
                     let mut sum = vec![0.0; layer.width];
-                    for (pair, weight) in self.best(&scores, layer.fanout) {
+                    for (pair, weight) in Self::best(&scores, layer.fanout) {
                         let (position, expert) = (pair / layer.experts, pair % layer.experts);
                         let mut inner = self.residual(l, expert, x);
                         if l > 0 {
                             let child = &below[parent * layer.fanout + position];
                             let w = self.get(&format!("moe_W.{l}"));
-                            let up = self.affine(w, self.get(&format!("moe_W_bias.{l}")), child);
+                            let up = Self::affine(w, self.get(&format!("moe_W_bias.{l}")), child);
                             for (i, u) in inner.iter_mut().zip(up) {
                                 *i += u;
                             }
@@ -102,7 +102,7 @@ impl Named<'_> {
                 })
                 .collect();
         }
-        self.affine(self.get("moe_W_final"), self.get("moe_W_final_bias"), &below[0])
+        Self::affine(self.get("moe_W_final"), self.get("moe_W_final_bias"), &below[0])
     }
 
     /// Scores of everything one parent can choose: experts at the leaves, pairs above.
@@ -111,18 +111,18 @@ impl Named<'_> {
         let (s, width) = (layer.experts, layer.key_width);
         let keys = self.get(&format!("moe_gate.{l}.keys"));
         if l == 0 {
-            return self.affine(&keys[parent * s * width..][..s * width], &vec![0.0; s], view);
+            return Self::affine(&keys[parent * s * width..][..s * width], &vec![0.0; s], view);
         }
         let positions = parent * layer.fanout..(parent + 1) * layer.fanout;
         positions
             .flat_map(|p| {
                 let input = [&below[p][..], &keys[p * width..][..width]].concat();
                 let net = |part: &str| self.get(&format!("moe_gate.{l}.mlp.{part}"));
-                let mut hidden = self.affine(net("0.weight"), net("0.bias"), &input);
+                let mut hidden = Self::affine(net("0.weight"), net("0.bias"), &input);
                 for h in &mut hidden {
                     *h = h.max(0.0);
                 }
-                self.affine(net("2.weight"), net("2.bias"), &hidden)
+                Self::affine(net("2.weight"), net("2.bias"), &hidden)
             })
             .collect()
     }

@@ -1,0 +1,280 @@
+//! `smore inspect ADAPTER_OR_CONFIG [--model DIR]`
+
+mod facts;
+mod others;
+mod tables;
+
+use self::others::{Lora, full};
+use anyhow::Result;
+use serde_json::{Map, Value, json};
+use smore::config::{GateKind, LayerConfig, SmoreConfig};
+use smore::counting::flexibility::Choice;
+use smore::counting::{AuthorStats, Parameters, lora_rank_for};
+use smore::spec::SmoreSpec;
+use smore_tune::checkpoint::read_adapter_config;
+use smore_tune::config::{AdapterConfig, RunConfig};
+use smore_tune::error::Error;
+use smore_tune::model::spec::{DecoderSpec, Proj};
+use std::path::{Path, PathBuf};
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    /// An adapter's folder, a run folder, a run's configuration, or a YAML or JSON file that holds
+    /// only the adapter section of one
+    #[arg(value_name = "ADAPTER_OR_CONFIG")]
+    subject: PathBuf,
+    /// Folder of the base model, of which only config.json is read
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Print one JSON object on standard output instead of tables
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let mut subject = Subject::read(&args.subject)?;
+    // A model that is only named may lie on another machine; the structure can still be told.
+    let mut model_error = None;
+    let base = match (&args.model, subject.model.take()) {
+        (Some(folder), _) => Some(Base::read(folder)?),
+        (None, Some(folder)) => Base::read(&folder).map_err(|e| model_error = Some(e)).ok(),
+        (None, None) => None,
+    };
+    let model_error = model_error.map(|e| e.to_string());
+    let (kind, mut facts) = match &subject.config {
+        AdapterConfig::Smore(config) => {
+            let smore = Smore::new(&subject, config, base.as_ref())?;
+            if !args.json {
+                smore.print(base.as_ref());
+            }
+            ("smore", smore.facts())
+        }
+        AdapterConfig::Lora(config) => {
+            let lora = Lora::new(&subject, config, base.as_ref())?;
+            if !args.json {
+                lora.print();
+            }
+            ("lora", lora.facts())
+        }
+        AdapterConfig::Full(_) => ("full", full(base.as_ref(), args.json)),
+    };
+    if args.json {
+        facts.insert("kind".into(), json!(kind));
+        facts.insert("source".into(), json!(subject.file));
+        facts.insert("adapter".into(), json!(subject.config));
+        facts.insert("model".into(), base.as_ref().map_or(Value::Null, Base::facts));
+        facts.insert("model_error".into(), json!(model_error));
+        println!("{}", Value::Object(facts));
+    } else if base.is_none() {
+        if let Some(error) = model_error {
+            println!("\n{error}");
+        }
+        println!("\nGive --model DIR for parameters and cost: they depend on the model's widths.");
+    }
+    Ok(())
+}
+
+/// What is to be described.
+struct Subject {
+    config: AdapterConfig,
+    /// Router width of every layer, where an adapter's folder says so.
+    router_widths: Option<Vec<usize>>,
+    /// The model it names.
+    model: Option<PathBuf>,
+    /// Its file, for messages.
+    file: String,
+}
+
+impl Subject {
+    fn read(path: &Path) -> Result<Self, Error> {
+        let run = path.join("config.yaml");
+        if path.is_dir() && (path.join("adapter_config.json").exists() || !run.exists()) {
+            let (config, widths) = read_adapter_config(path)?;
+            let file = path.join("adapter_config.json");
+            let model = named_base(&file, path);
+            let file = file.display().to_string();
+            return Ok(Self { config, router_widths: Some(widths), model, file });
+        }
+        let path = if path.is_dir() { run } else { path.to_owned() };
+        let what = "an adapter's folder, a run's configuration or its adapter section";
+        let bytes = std::fs::read(&path).map_err(|e| Error::reading(&path, what, e))?;
+        let file = path.display().to_string();
+        let text = String::from_utf8(bytes).map_err(|_| Error::Config {
+            file: file.clone(),
+            message: "not UTF-8 text; expected YAML or JSON".into(),
+        })?;
+        let (text, names_model) = complete(text);
+        let run = RunConfig::parse(&text, &file)?;
+        let model = names_model.then_some(run.model);
+        Ok(Self { config: run.adapter, router_widths: None, model, file })
+    }
+
+    fn error(&self, message: String) -> Error {
+        Error::Config { file: self.file.clone(), message }
+    }
+
+    /// The linear maps of a block that `targets` name, in the model's order.
+    fn projs(&self, targets: &[String]) -> Result<Vec<Proj>, Error> {
+        let mut projs = targets
+            .iter()
+            .map(|t| Proj::parse(t))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|message| self.error(message))?;
+        projs.sort();
+        projs.dedup();
+        if projs.is_empty() {
+            return Err(self.error("adapter.targets is empty; name at least one".into()));
+        }
+        Ok(projs)
+    }
+}
+
+/// The base model that an adapter's settings name, if it is here: relative to the current
+/// directory or to the adapter's folder.
+fn named_base(file: &Path, folder: &Path) -> Option<PathBuf> {
+    let json: Value = serde_json::from_str(&std::fs::read_to_string(file).ok()?).ok()?;
+    let name = json["base_model_name_or_path"].as_str()?;
+    let candidates = [PathBuf::from(name), folder.join(name)];
+    candidates.into_iter().find(|c| c.join("config.json").is_file())
+}
+
+/// Puts a bare adapter section where a run has it and fills in what only training needs. Also says
+/// whether a model was named.
+fn complete(text: String) -> (String, bool) {
+    let needed = [
+        ("model", json!("unnamed")),
+        ("data", json!({"train": [{"path": "unnamed"}]})),
+        ("output_dir", json!("unnamed")),
+    ];
+    if let Ok(Value::Object(keys)) = serde_json::from_str(&text) {
+        let names_model = keys.contains_key("model");
+        let bare = !keys.contains_key("adapter");
+        let mut run = if bare { Map::from_iter([("adapter".into(), json!(keys))]) } else { keys };
+        for (key, value) in needed {
+            run.entry(key).or_insert(value);
+        }
+        return (Value::Object(run).to_string(), names_model);
+    }
+    let is_key = |line: &str, key| {
+        line.strip_prefix(key).is_some_and(|rest: &str| rest.trim_start().starts_with(':'))
+    };
+    let has = |key| text.lines().any(|line| is_key(line, key));
+    let mut missing = String::new();
+    for (key, value) in needed.iter().filter(|(key, _)| !has(*key)) {
+        missing.extend(["\n", *key, ": ", &value.to_string()]);
+    }
+    let names_model = has("model");
+    let body = if has("adapter") {
+        text
+    } else {
+        let lines: Vec<_> = text.lines().map(|line| format!("  {line}")).collect();
+        format!("adapter:\n{}", lines.join("\n"))
+    };
+    (body + &missing, names_model)
+}
+
+/// The base model.
+struct Base {
+    folder: PathBuf,
+    spec: DecoderSpec,
+}
+
+impl Base {
+    fn read(folder: &Path) -> Result<Self, Error> {
+        let spec = DecoderSpec::read(&folder.join("config.json"))?;
+        Ok(Self { folder: folder.to_owned(), spec })
+    }
+
+    fn facts(&self) -> Value {
+        let DecoderSpec { hidden, intermediate, blocks, .. } = self.spec;
+        json!({
+            "path": self.folder, "hidden": hidden, "intermediate": intermediate,
+            "blocks": blocks, "parameters": self.parameters(),
+        })
+    }
+
+    fn parameters(&self) -> usize {
+        self.spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+
+    /// `[d_out, d_in]` as (d_in, d_out).
+    fn widths(&self, proj: Proj) -> (usize, usize) {
+        let (d_out, d_in) = self.spec.shape(proj);
+        (d_in, d_out)
+    }
+}
+
+/// S'MoRE on the maps of a model, or on none.
+struct Smore<'a> {
+    config: &'a SmoreConfig,
+    targets: Vec<Proj>,
+    /// One spec for what does not depend on the map.
+    shape: SmoreSpec,
+    /// One for each target, where there is a model.
+    maps: Vec<SmoreSpec>,
+    blocks: usize,
+}
+
+impl<'a> Smore<'a> {
+    fn new(subject: &Subject, config: &'a SmoreConfig, base: Option<&Base>) -> Result<Self, Error> {
+        let spec = |(d_in, d_out)| {
+            let spec = match &subject.router_widths {
+                Some(w) => SmoreSpec::with_router_widths(config, w, d_in, d_out),
+                None => SmoreSpec::new(config, d_in, d_out),
+            };
+            spec.map_err(|e| subject.error(format!("adapter.{e}")))
+        };
+        let targets = subject.projs(&config.targets)?;
+        let maps = base.map_or(Ok(vec![]), |base| {
+            targets.iter().map(|&proj| spec(base.widths(proj))).collect::<Result<Vec<_>, _>>()
+        })?;
+        let shape = maps.first().map_or_else(|| spec((1, 1)), |first| Ok(first.clone()))?;
+        Ok(Self { config, targets, shape, maps, blocks: base.map_or(0, |b| b.spec.blocks) })
+    }
+
+    /// Adds up over all maps and blocks.
+    fn total<T>(&self, of: impl Fn(&SmoreSpec) -> T) -> T
+    where
+        T: std::iter::Sum + std::ops::Mul<usize, Output = T>,
+    {
+        self.maps.iter().map(of).sum::<T>() * self.blocks
+    }
+
+    fn author_stats(&self, spec: &SmoreSpec) -> AuthorStats {
+        let fanouts: Vec<_> = self.config.layers.iter().map(|l| l.fanout).collect();
+        AuthorStats::of(spec, &fanouts)
+    }
+
+    /// Width of a layer's router input, where it is the same on all maps.
+    fn router_input(&self, l: usize) -> Option<usize> {
+        let own = self.shape.layers[l].router_input;
+        let known = self.config.gate.router_input_width > 0 || !self.maps.is_empty();
+        (known && self.maps.iter().all(|m| m.layers[l].router_input == own)).then_some(own)
+    }
+
+    /// LoRA of rank d_L and LoRA of as many parameters: rank and parameters on all maps.
+    fn loras(&self) -> [(usize, usize); 2] {
+        let shapes: Vec<_> = self.maps.iter().map(|m| (m.d_in, m.d_out)).collect();
+        let budget: usize = self.maps.iter().map(|m| Parameters::of(m).total()).sum();
+        let per_rank: usize = shapes.iter().map(|(d_in, d_out)| d_in + d_out).sum();
+        let ranks = [self.shape.root_width(), lora_rank_for(budget, &shapes)];
+        ranks.map(|rank| (rank, rank * per_rank * self.blocks))
+    }
+
+    /// s and f of the layers as a tree has them.
+    fn choices(&self) -> Vec<Choice> {
+        let dense = self.config.gate.kind == GateKind::Dense;
+        let choice = |&l: &LayerConfig| Choice {
+            experts: l.experts,
+            fanout: if dense { l.experts } else { l.fanout },
+        };
+        self.config.layers.iter().map(choice).collect()
+    }
+
+    /// A flat mixture of all layers' experts with as many chosen as each layer's parents choose.
+    fn flat(&self) -> Choice {
+        let choices = self.choices();
+        let sum = |of: fn(&Choice) -> usize| choices.iter().map(of).sum();
+        Choice { experts: sum(|c| c.experts), fanout: sum(|c| c.fanout) }
+    }
+}
