@@ -1,5 +1,8 @@
 //! The bottom-up router against a plain restatement of its rules, token by token in f64.
 
+mod common;
+
+use common::numbers;
 use smore::adapter::{Adapter, Smore};
 use smore::config::SmoreConfig;
 use smore::spec::SmoreSpec;
@@ -8,19 +11,6 @@ use smore_engine::{Cpu, View, ViewMut};
 const D_IN: usize = 6;
 const D_OUT: usize = 5;
 const TOKENS: usize = 40;
-
-/// Numbers in (-1, 1) that look random.
-fn numbers(n: usize, seed: u64) -> Vec<f64> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..n)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0
-        })
-        .collect()
-}
 
 fn adapter(layers: &str) -> Smore {
     let json = format!(

@@ -1,6 +1,9 @@
 //! One table of cases on every path: the reference, the fused pass in f64 and in f32; and the
 //! gradients of every parameter by name, on a fixed tree and through the router.
 
+mod common;
+
+use common::numbers;
 use smore::adapter::{Adapter, Smore, SmoreSaved};
 use smore::config::SmoreConfig;
 use smore::kernel::{GateNoise, Pass, hidden_states};
@@ -11,20 +14,6 @@ use smore_engine::{Cpu, Float, View, ViewMut};
 const D_IN: usize = 7;
 const D_OUT: usize = 5;
 const TOKENS: usize = 37;
-
-/// Numbers in (-1, 1), none near 0, that look random.
-fn numbers(n: usize, seed: u64) -> Vec<f64> {
-    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    (0..n)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            let x = (state >> 11) as f64 / (1u64 << 52) as f64 - 1.0;
-            if x.abs() < 0.02 { x + 0.1 } else { x }
-        })
-        .collect()
-}
 
 /// One adapter with its inputs.
 struct Case {
