@@ -9,7 +9,7 @@
 //! Read in this order: [`config`] (what the user wrote), [`spec`] (the same, validated, with every
 //! derived number), [`layout`] (where each parameter lies), [`router`] and [`tree`] (which experts
 //! act on a token), [`propagate`] (what they do), [`kernel`] (the fused pass over tokens),
-//! [`adapter`] (S'MoRE and the baselines behind one trait). [`reference`] is the same method in
+//! [`adapter`] (S'MoRE and the baselines behind one trait). [`mod@reference`] is the same method in
 //! plain loops, the oracle of the tests.
 
 #![deny(missing_docs)]

@@ -2,7 +2,7 @@
 //!
 //! Every prompt ends with a cue that the pre-training text never uses, so the base knows the
 //! ingredients but not what is asked. What determines an answer also determines whether an example
-//! is for training or held out (see [`Part`]), so no held-out question is ever trained on. Four of
+//! is for training or held out (see `Part`), so no held-out question is ever trained on. Four of
 //! the 32 faults of the two fault skills are kept out of training altogether: there the adapter
 //! has to use what the base has read.
 

@@ -2,7 +2,7 @@
 //! chooses its children.
 //!
 //! A parent's router input is the token's view x_down followed by the keys of the parent's
-//! ancestors, from the top down to the parent itself. [`network`] turns it into a query; the query
+//! ancestors, from the top down to the parent itself. A small network turns it into a query; the query
 //! meets the experts' keys; a gate ([`switch`] and dense, [`noisy`]) turns the logits into chosen
 //! experts and their weights.
 
