@@ -177,12 +177,16 @@ fn complete(text: String) -> (String, bool) {
 struct Base {
     folder: PathBuf,
     spec: DecoderSpec,
+    /// We know every tensor, not only the sizes of the linear maps.
+    known: bool,
 }
 
 impl Base {
     fn read(folder: &Path) -> Result<Self, Error> {
-        let spec = DecoderSpec::read(&folder.join("config.json"))?;
-        Ok(Self { folder: folder.to_owned(), spec })
+        let file = folder.join("config.json");
+        let spec = DecoderSpec::read_sizes(&file)?;
+        let known = DecoderSpec::read(&file).is_ok();
+        Ok(Self { folder: folder.to_owned(), spec, known })
     }
 
     fn facts(&self) -> Value {
@@ -193,8 +197,11 @@ impl Base {
         })
     }
 
-    fn parameters(&self) -> usize {
-        self.spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    /// Of the whole model, where all its tensors are known.
+    fn parameters(&self) -> Option<usize> {
+        let sizes =
+            self.spec.tensors().into_iter().map(|(_, shape)| shape.iter().product::<usize>());
+        self.known.then(|| sizes.sum())
     }
 
     /// `[d_out, d_in]` as (d_in, d_out).

@@ -84,7 +84,7 @@ impl Lora {
 
 /// Training of the base itself.
 pub(super) fn full(base: Option<&Base>, quiet: bool) -> Map<String, Value> {
-    let parameters = base.map(Base::parameters);
+    let parameters = base.and_then(Base::parameters);
     if !quiet {
         let number = parameters.map_or_else(String::new, |n| format!(": {} parameters", count(n)));
         println!("no adapter, the base itself is trained{number}");

@@ -147,8 +147,10 @@ impl Smore<'_> {
         rows.push(vec!["at work on a token, router aside".into(), count(active), share(active)]);
         println!();
         table::print(&["trained parameters", "number", "share"], &rows);
-        let base_share = 100.0 * total.total() as f64 / base.parameters() as f64;
-        println!("  {base_share:.2}% of the base's {}", count(base.parameters()));
+        if let Some(all) = base.parameters() {
+            let base_share = 100.0 * total.total() as f64 / all as f64;
+            println!("  {base_share:.2}% of the base's {}", count(all));
+        }
     }
 
     fn print_cost(&self) {

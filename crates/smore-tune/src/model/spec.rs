@@ -129,6 +129,26 @@ impl DecoderSpec {
         Self::from_json(&json).map_err(|message| Error::Model { file: path.to_owned(), message })
     }
 
+    /// Reads sizes from the `config.json` of any decoder that names its sizes and linear maps as
+    /// Llama does (Mistral, Gemma, Qwen), whether or not we can compute it.
+    ///
+    /// # Errors
+    /// A missing file or size.
+    pub fn read_sizes(path: &Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|e| Error::reading(path, "the base model's config.json", e))?;
+        let bad = |message: String| Error::Model { file: path.to_owned(), message };
+        let mut json: Value =
+            serde_json::from_str(&text).map_err(|e| bad(format!("not valid JSON: {e}")))?;
+        let Some(keys) = json.as_object_mut() else { return Err(bad("not a JSON object".into())) };
+        // Everything that says how to compute; sizes stay.
+        for key in ["attention_bias", "mlp_bias", "hidden_act", "rope_scaling", "rope_parameters"] {
+            keys.remove(key);
+        }
+        keys.insert("model_type".into(), "llama".into());
+        Self::from_json(&json).map_err(bad)
+    }
+
     /// Reads the object in `config.json`.
     ///
     /// # Errors
@@ -316,6 +336,19 @@ mod tests {
             let error = DecoderSpec::from_json(&config).unwrap_err();
             assert!(error.contains(word), "{key}: {error}");
         }
+    }
+
+    #[test]
+    fn sizes_are_read_from_what_we_cannot_compute() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let mut gemma = minimal();
+        gemma["model_type"] = json!("gemma2");
+        gemma["hidden_act"] = json!("gelu_pytorch_tanh");
+        std::fs::write(&path, gemma.to_string()).unwrap();
+        assert!(DecoderSpec::read(&path).is_err());
+        let spec = DecoderSpec::read_sizes(&path).unwrap();
+        assert_eq!(spec.shape(Proj::Down), (8, 16));
     }
 
     #[test]
