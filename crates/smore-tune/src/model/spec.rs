@@ -141,12 +141,13 @@ impl DecoderSpec {
         let mut json: Value =
             serde_json::from_str(&text).map_err(|e| bad(format!("not valid JSON: {e}")))?;
         let Some(keys) = json.as_object_mut() else { return Err(bad("not a JSON object".into())) };
+        let kind = keys.get("model_type").cloned().unwrap_or_default();
         // Everything that says how to compute; sizes stay.
         for key in ["attention_bias", "mlp_bias", "hidden_act", "rope_scaling", "rope_parameters"] {
             keys.remove(key);
         }
         keys.insert("model_type".into(), "llama".into());
-        Self::from_json(&json).map_err(bad)
+        Self::from_json(&json).map_err(|m| bad(format!("model_type {kind}: {m}")))
     }
 
     /// Reads the object in `config.json`.
