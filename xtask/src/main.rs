@@ -49,8 +49,12 @@ fn ci() -> Result<()> {
     for task in CI {
         println!("\n=== {task:?}");
         let start = Instant::now();
-        run(task).with_context(|| format!("step {task:?} failed"))?;
-        summary.push(format!("{task:?} {:.0} s", start.elapsed().as_secs_f64()));
+        let result = run(task);
+        let seconds = start.elapsed().as_secs_f64();
+        let verdict = if result.is_ok() { "passed" } else { "failed" };
+        println!("=== {task:?} {verdict} in {seconds:.1} s");
+        summary.push(format!("{task:?} {seconds:.1} s"));
+        result.with_context(|| format!("step {task:?} failed ({})", summary.join(", ")))?;
     }
     println!("\nci: all passed ({})", summary.join(", "));
     Ok(())

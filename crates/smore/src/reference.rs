@@ -1,59 +1,394 @@
 //! The method once more, slowly: scalar `f64` loops that follow the paper's text, without the
 //! tensor library. Every other path is tested against it.
 //!
-//! It covers everything that is routed from the top: all gates, router networks, activations and
-//! their positions, the shared pool and the ablations. Parameters come by name, as in a file.
+//! Token by token, a recursion walks from the root to the leaves and back. On the way down every
+//! parent chooses its children (Sec. 3.3, Eqs. 6-7); on the way up their outputs are summed (Eq. 3;
+//! biases as in Eq. 32; S'MoRE* as in Eq. 38). It covers everything that is routed from the top:
+//! all gates and router networks, activations and their positions, the shared pool (S'MoRE#) and
+//! the ablations. Parameters are found by their names in a file, so that a wrong offset elsewhere
+//! cannot hide here.
+//!
+//! ```
+//! use smore::{config::SmoreConfig, layout::SmoreLayout, reference::Reference, spec::SmoreSpec};
+//!
+//! let json = r#"{"layers": [{"experts": 4, "fanout": 2, "rank": 1}]}"#;
+//! let config: SmoreConfig = serde_json::from_str(json).unwrap();
+//! let spec = SmoreSpec::new(&config, 3, 2).unwrap();
+//! let layout = SmoreLayout::new(&spec);
+//! let params = vec![0.5; layout.len];
+//! let reference = Reference { spec: &spec, layout: &layout, params: &params };
+//! let output = reference.forward(&[1.0, 2.0, 3.0], None, None);
+//! assert_eq!(output.y.len(), 2);
+//! // Equal parameters, equal scores: the first two experts, at one half each.
+//! assert_eq!(output.layers[0].expert_idx, [0, 1]);
+//! assert_eq!(output.layers[0].gate_weight, [0.5, 0.5]);
+//! ```
 
-use crate::activation::Act;
-use crate::config::{ActivationPosition, GateKind, Structure};
+use crate::config::{Activation, ActivationPosition, GateKind, Structure};
+use crate::kernel::GateNoise;
 use crate::layout::SmoreLayout;
 use crate::spec::SmoreSpec;
 
 /// An adapter with its parameters.
+#[derive(Clone, Copy)]
 pub struct Reference<'a> {
     /// Its validated description; not bottom-up.
     pub spec: &'a SmoreSpec,
     /// Where its parameters lie.
     pub layout: &'a SmoreLayout,
-    /// Their values.
+    /// Their values, in the layout's order.
     pub params: &'a [f64],
 }
 
-/// What the reference says of a batch.
+/// What the reference says of a batch of n tokens.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Output {
-    /// The adapter's output, `[n][d_out]`.
-    pub y: Vec<Vec<f64>>,
-    /// Every token's root.
-    pub roots: Vec<Node>,
-    /// Balance loss of each layer.
-    pub balance_losses: Vec<f64>,
+    /// The adapter's output, `[n, d_out]`.
+    pub y: Vec<f64>,
+    /// One entry per S'MoRE layer, leaves first.
+    pub layers: Vec<LayerOutput>,
 }
 
-/// A node of the residual tree; the root has no expert of its own.
-#[derive(Clone, Debug)]
-pub struct Node {
-    /// The chosen children in order: expert, gate weight, and the child as a node.
-    pub children: Vec<(usize, f64, Node)>,
-    /// x_i of the paper's Eq. 3: the sum over the children; empty at the leaves.
+/// One layer of the residual trees, in the order of [`crate::tree::ResidualTree`].
+#[derive(Clone, Debug, PartialEq)]
+pub struct LayerOutput {
+    /// Expert that stands at each node, `[n * F_l]`.
+    pub expert_idx: Vec<u16>,
+    /// Its gate weight alpha under its parent, `[n * F_l]`.
+    pub gate_weight: Vec<f64>,
+    /// x_i of the parents, `[n * F_{l+1}, d_{l+1}]`.
     pub hidden: Vec<f64>,
+    /// The layer's balance loss.
+    pub balance_loss: f64,
 }
 
-/// Sums over the tokens that count, for one layer's balance loss.
+impl Reference<'_> {
+    /// Runs the tokens `x [n, d_in]`. Tokens whose `valid` is false do not count in the balance
+    /// losses. `noise` is given in training with the noisy gate.
+    ///
+    /// # Panics
+    /// For an adapter with the bottom-up router.
+    pub fn forward(
+        &self,
+        x: &[f64],
+        valid: Option<&[bool]>,
+        noise: Option<&GateNoise<f64>>,
+    ) -> Output {
+        assert!(!self.spec.bottom_up(), "the reference routes from the top only");
+        let mut walk = Walk {
+            of: *self,
+            noise,
+            x: &[],
+            view: vec![],
+            counts: true,
+            layers: self.spec.layers.iter().map(|_| LayerOutput::new()).collect(),
+            sums: self.spec.layers.iter().map(|l| Sums::new(l.experts)).collect(),
+        };
+        let mut y = Vec::new();
+        for (token, x) in x.chunks_exact(self.spec.d_in).enumerate() {
+            walk.x = x;
+            walk.view = self.affine("moe_downproj_x.weight", "moe_downproj_x.bias", x);
+            walk.counts = valid.is_none_or(|v| v[token]);
+            let root = walk.parent(self.spec.depth() - 1, &[]);
+            y.extend(self.affine("moe_W_final", "moe_W_final_bias", &root));
+        }
+        for (layer, sums) in walk.layers.iter_mut().zip(&walk.sums) {
+            layer.balance_loss = self.balance(sums);
+        }
+        Output { y, layers: walk.layers }
+    }
+
+    fn find(&self, name: &str) -> Option<&[f64]> {
+        let param = self.layout.params.iter().find(|p| p.name == name)?;
+        Some(&self.params[param.range()])
+    }
+
+    /// A parameter by its name in a file.
+    fn param(&self, name: &str) -> &[f64] {
+        self.find(name).unwrap_or_else(|| panic!("the layout has no {name}"))
+    }
+
+    /// Expert n of a parameter that holds one part per expert.
+    fn part(&self, name: &str, expert: usize, experts: usize) -> &[f64] {
+        let all = self.param(name);
+        let len = all.len() / experts;
+        &all[expert * len..(expert + 1) * len]
+    }
+
+    /// W x + b
+    fn affine(&self, weight: &str, bias: &str, x: &[f64]) -> Vec<f64> {
+        affine(self.param(weight), self.param(bias), x)
+    }
+
+    /// u_n = scale_l (B_l^n (A_l^n x + a_l^n) + b_l^n), in Eq. 3.
+    fn residual(&self, l: usize, expert: usize, x: &[f64]) -> Vec<f64> {
+        let layer = &self.spec.layers[l];
+        // S'MoRE#: every layer draws on one set of experts, kept under the leaves' name.
+        let pool = if self.spec.shared_pool { 0 } else { l };
+        let part = |name: &str| self.part(&format!("{name}.{pool}"), expert, layer.experts);
+        let down = affine(part("moe_A"), part("moe_A_bias"), x);
+        let up = affine(part("moe_B"), part("moe_B_bias"), &down);
+        up.iter().map(|u| layer.scale * u).collect()
+    }
+
+    /// sigma of layer `l`.
+    fn sigma(&self, l: usize, x: &[f64]) -> Vec<f64> {
+        activate(self.spec.activation, self.find(&format!("moe_expert_act_param.{l}")), x)
+    }
+
+    /// k(n), as queries and descendants see it.
+    fn key(&self, l: usize, expert: usize) -> Vec<f64> {
+        let key = self.part(&format!("moe_gate.{l}.keys"), expert, self.spec.layers[l].experts);
+        if self.spec.gate.kind == GateKind::NoisyTopk { unit(key) } else { key.to_vec() }
+    }
+
+    /// The query that meets the keys of layer `l` (Eqs. 6-7): an MLP of the router's input, or the
+    /// input itself.
+    fn query(&self, l: usize, input: &[f64]) -> Vec<f64> {
+        let name = |part: &str| format!("moe_gate.{l}.mlp.{part}");
+        let query = if self.find(&name("0.weight")).is_some() {
+            let inner = self.affine(&name("0.weight"), &name("0.bias"), input);
+            let slope = self.find(&name("1.weight"));
+            let inner = activate(self.spec.gate.activation, slope, &inner);
+            self.affine(&name("2.weight"), &name("2.bias"), &inner)
+        } else {
+            input.to_vec()
+        };
+        if self.spec.gate.kind == GateKind::NoisyTopk { unit(&query) } else { query }
+    }
+
+    /// The children of one parent, which stand in layer `l`: best first. `noise [s]`.
+    fn choose(&self, l: usize, input: &[f64], noise: Option<&[f64]>) -> Choice {
+        let layer = &self.spec.layers[l];
+        let query = self.query(l, input);
+        let logits: Vec<f64> = (0..layer.experts).map(|n| dot(&query, &self.key(l, n))).collect();
+        match self.spec.gate.kind {
+            GateKind::Switch => switch(&logits, layer.fanout),
+            GateKind::Dense => {
+                let p = softmax(&logits);
+                Choice::new(p.iter().copied().enumerate().collect(), p.clone())
+            }
+            GateKind::NoisyTopk => {
+                let spread = format!("moe_gate.{l}.weight_noise.weight");
+                let deviation = |n| softplus(dot(self.part(&spread, n, layer.experts), input));
+                let deviation: Vec<f64> = (0..layer.experts).map(|n| deviation(n) + 1e-2).collect();
+                noisy(&logits, &deviation, layer.fanout, noise)
+            }
+        }
+    }
+
+    /// The balance loss of one layer (spec section 2).
+    fn balance(&self, sums: &Sums) -> f64 {
+        let w = self.spec.gate.balance_weight;
+        match self.spec.gate.kind {
+            GateKind::Dense => 0.0,
+            GateKind::Switch => {
+                let n = sums.rows.max(1.0);
+                let s = sums.load.len() as f64;
+                let pairs = sums.load.iter().zip(&sums.importance);
+                w * s * pairs.map(|(load, p)| load / n * (p / n)).sum::<f64>()
+            }
+            GateKind::NoisyTopk => w * (variation(&sums.importance) + variation(&sums.load)),
+        }
+    }
+}
+
+impl LayerOutput {
+    fn new() -> Self {
+        Self { expert_idx: vec![], gate_weight: vec![], hidden: vec![], balance_loss: 0.0 }
+    }
+}
+
+/// Sums over the parents that count, for one layer's balance loss.
 struct Sums {
     rows: f64,
     load: Vec<f64>,
     importance: Vec<f64>,
 }
 
-/// One gate decision: chosen experts with weights, and what the balance loss adds per expert.
+impl Sums {
+    fn new(experts: usize) -> Self {
+        Self { rows: 0.0, load: vec![0.0; experts], importance: vec![0.0; experts] }
+    }
+
+    fn add(&mut self, choice: &Choice) {
+        self.rows += 1.0;
+        for n in 0..self.load.len() {
+            self.load[n] += choice.load[n];
+            self.importance[n] += choice.importance[n];
+        }
+    }
+}
+
+/// The way through one token's tree after the other.
+struct Walk<'a> {
+    of: Reference<'a>,
+    noise: Option<&'a GateNoise<f64>>,
+    /// The token
+    x: &'a [f64],
+    /// Its x_down
+    view: Vec<f64>,
+    /// Whether it counts in the balance losses
+    counts: bool,
+    layers: Vec<LayerOutput>,
+    sums: Vec<Sums>,
+}
+
+impl Walk<'_> {
+    /// x_i of a parent of layer `l`'s nodes (Eq. 3), given the keys of the parent's ancestors and
+    /// its own.
+    fn parent(&mut self, l: usize, keys: &[f64]) -> Vec<f64> {
+        let layer = &self.of.spec.layers[l];
+        // Parents are met in the order of the tree, so this is the parent's number.
+        let row = self.layers[l].expert_idx.len() / layer.fanout;
+        let s = layer.experts;
+        let noise = self.noise.map(|n| &n.layers[l][row * s..(row + 1) * s]);
+        let choice = self.of.choose(l, &[&self.view, keys].concat(), noise);
+        if self.counts {
+            self.sums[l].add(&choice);
+        }
+        for &(expert, weight) in &choice.chosen {
+            self.layers[l].expert_idx.push(expert as u16);
+            self.layers[l].gate_weight.push(weight);
+        }
+        let below = self.children(l, &choice, keys);
+        let mut hidden = vec![0.0; layer.width];
+        for (&(expert, weight), below) in choice.chosen.iter().zip(&below) {
+            for (h, term) in hidden.iter_mut().zip(self.term(l, expert, weight, below)) {
+                *h += term;
+            }
+        }
+        self.layers[l].hidden.extend(&hidden);
+        hidden
+    }
+
+    /// x_n of every chosen child; empty at the leaves.
+    fn children(&mut self, l: usize, choice: &Choice, keys: &[f64]) -> Vec<Vec<f64>> {
+        let count = choice.chosen.len();
+        if l == 0 {
+            return vec![vec![]; count];
+        }
+        if self.of.spec.structure == Structure::MultiOrder {
+            // Eq. 2: the layer below chooses once per token, and all take its sum.
+            return vec![self.parent(l - 1, keys); count];
+        }
+        let mut below = Vec::new();
+        for &(expert, _) in &choice.chosen {
+            let mut keys = keys.to_vec();
+            if self.of.spec.gate.ancestor_keys {
+                keys.extend(self.of.key(l, expert));
+            }
+            below.push(self.parent(l - 1, &keys));
+        }
+        below
+    }
+
+    /// What one child adds to its parent: alpha sigma(u + W x + b), or a variant of it.
+    fn term(&self, l: usize, expert: usize, weight: f64, below: &[f64]) -> Vec<f64> {
+        let u = self.of.residual(l, expert, self.x);
+        let transform = |x: &[f64]| {
+            if l == 0 {
+                return vec![0.0; u.len()];
+            }
+            self.of.affine(&format!("moe_W.{l}"), &format!("moe_W_bias.{l}"), x)
+        };
+        let combine = |v: Vec<f64>, f: &dyn Fn(f64, f64) -> f64| -> Vec<f64> {
+            u.iter().zip(v).map(|(&u, v)| f(u, v)).collect()
+        };
+        match self.of.spec.position {
+            ActivationPosition::All => {
+                let inner = combine(transform(below), &|u, v| u + v);
+                self.of.sigma(l, &inner).iter().map(|o| weight * o).collect()
+            }
+            // Eq. 38; the second part has no alpha in the authors' code.
+            ActivationPosition::Child => {
+                combine(transform(&self.of.sigma(l, below)), &|u, v| weight * u + v)
+            }
+            ActivationPosition::ChildV2 => {
+                combine(transform(&self.of.sigma(l, below)), &|u, v| weight * (u + v))
+            }
+        }
+    }
+}
+
+/// One gate decision.
 struct Choice {
+    /// Experts with their weights alpha.
     chosen: Vec<(usize, f64)>,
+    /// Per expert: 1 where chosen, or the probability of it.
     load: Vec<f64>,
+    /// Per expert: its probability, or its weight.
     importance: Vec<f64>,
 }
 
+impl Choice {
+    /// Every chosen expert is a load of 1.
+    fn new(chosen: Vec<(usize, f64)>, importance: Vec<f64>) -> Self {
+        let mut load = vec![0.0; importance.len()];
+        for &(n, _) in &chosen {
+            load[n] = 1.0;
+        }
+        Self { chosen, load, importance }
+    }
+}
+
+/// The switch gate: the top f of a softmax over all; renormalised, but a single one stays raw.
+fn switch(logits: &[f64], f: usize) -> Choice {
+    let p = softmax(logits);
+    let top = &ranked(&p)[..f];
+    let sum = if f > 1 { top.iter().map(|&n| p[n]).sum() } else { 1.0 };
+    Choice::new(top.iter().map(|&n| (n, p[n] / sum)).collect(), p)
+}
+
+/// The noisy gate (Shazeer et al. 2017): softmax over the top f of the noisy cosines; a single one
+/// keeps its score.
+fn noisy(clean: &[f64], deviation: &[f64], f: usize, noise: Option<&[f64]>) -> Choice {
+    let s = clean.len();
+    let drawn = |n: usize| noise.map_or(0.0, |noise| noise[n] * deviation[n]);
+    let scores: Vec<f64> = (0..s).map(|n| clean[n] + drawn(n)).collect();
+    let order = ranked(&scores);
+    let top: Vec<f64> = order[..f].iter().map(|&n| scores[n]).collect();
+    let weights = if f > 1 { softmax(&top) } else { top };
+    let mut choice = Choice { chosen: vec![], load: vec![0.0; s], importance: vec![0.0; s] };
+    for (&n, weight) in order.iter().zip(weights) {
+        choice.chosen.push((n, weight));
+        choice.importance[n] = weight;
+        choice.load[n] = if weight > 0.0 { 1.0 } else { 0.0 };
+    }
+    if noise.is_some() {
+        // Shazeer, App. A: the probability of being chosen if this expert's noise were redrawn and
+        // the others' kept. A chosen expert must beat the best of the rest, any other the last
+        // of the chosen.
+        let (last_chosen, best_left) = (scores[order[f - 1]], scores[order[f.min(s - 1)]]);
+        for n in 0..s {
+            let limit = if scores[n] > best_left { best_left } else { last_chosen };
+            choice.load[n] = normal_cdf((clean[n] - limit) / deviation[n]);
+        }
+    }
+    choice
+}
+
 fn dot(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
     a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// W x + b, W row-major with as many rows as b.
+fn affine(weight: &[f64], bias: &[f64], x: &[f64]) -> Vec<f64> {
+    assert_eq!(weight.len(), bias.len() * x.len());
+    let row = |i: usize| &weight[i * x.len()..(i + 1) * x.len()];
+    (0..bias.len()).map(|i| dot(row(i), x) + bias[i]).collect()
+}
+
+fn activate(activation: Activation, slope: Option<&[f64]>, x: &[f64]) -> Vec<f64> {
+    let value = |x: f64| match (activation, slope) {
+        (Activation::Identity, _) => x,
+        (Activation::Tanh, _) => x.tanh(),
+        (Activation::Prelu(_), Some(slope)) if x < 0.0 => slope[0] * x,
+        (Activation::Prelu(_), None) => panic!("a prelu without a slope"),
+        (Activation::Relu | Activation::Prelu(_), _) => x.max(0.0),
+    };
+    x.iter().map(|&x| value(x)).collect()
 }
 
 fn softmax(x: &[f64]) -> Vec<f64> {
@@ -63,6 +398,15 @@ fn softmax(x: &[f64]) -> Vec<f64> {
     e.iter().map(|e| e / sum).collect()
 }
 
+fn softplus(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+fn normal_cdf(z: f64) -> f64 {
+    0.5 * libm::erfc(-z / std::f64::consts::SQRT_2)
+}
+
+/// x / |x|
 fn unit(x: &[f64]) -> Vec<f64> {
     let length = dot(x, x).sqrt().max(1e-12);
     x.iter().map(|x| x / length).collect()
@@ -75,264 +419,13 @@ fn ranked(x: &[f64]) -> Vec<usize> {
     order
 }
 
-impl Reference<'_> {
-    /// A parameter by its name in a file.
-    fn param(&self, name: &str) -> &[f64] {
-        let param = self.layout.params.iter().find(|p| p.name == name);
-        param.map_or(&[], |p| &self.params[p.range()])
+/// cv^2: unbiased variance / (mean^2 + 1e-10), 0 for a single number.
+fn variation(x: &[f64]) -> f64 {
+    if x.len() < 2 {
+        return 0.0;
     }
-
-    /// W x + b
-    fn affine(&self, weight: &str, bias: &str, x: &[f64]) -> Vec<f64> {
-        let (weight, bias) = (self.param(weight), self.param(bias));
-        weight.chunks_exact(x.len()).zip(bias).map(|(w, b)| dot(w, x) + b).collect()
-    }
-
-    fn apply(act: Act<f64>, x: &[f64]) -> Vec<f64> {
-        let mut y = vec![0.0; x.len()];
-        act.forward(x, &mut y);
-        y
-    }
-
-    /// sigma of layer `l`.
-    fn sigma(&self, l: usize, x: &[f64]) -> Vec<f64> {
-        let slope = self.param(&format!("moe_expert_act_param.{l}")).first().copied();
-        Self::apply(Act::new(self.spec.activation, slope), x)
-    }
-
-    /// u_n = scale (B (A x + a) + b)
-    fn residual(&self, l: usize, expert: usize, x: &[f64]) -> Vec<f64> {
-        let layer = &self.spec.layers[l];
-        let pool = if self.spec.shared_pool { 0 } else { l };
-        let of = |name: &str, len: usize| {
-            &self.param(&format!("{name}.{pool}"))[expert * len..(expert + 1) * len]
-        };
-        let (r, d) = (layer.rank, layer.width);
-        let a = of("moe_A", r * x.len()).chunks_exact(x.len()).zip(of("moe_A_bias", r));
-        let z: Vec<f64> = a.map(|(a, bias)| dot(a, x) + bias).collect();
-        let b = of("moe_B", d * r).chunks_exact(r).zip(of("moe_B_bias", d));
-        b.map(|(b, bias)| layer.scale * (dot(b, &z) + bias)).collect()
-    }
-
-    /// Keys of layer `l` as queries and descendants see them.
-    fn key(&self, l: usize, expert: usize) -> Vec<f64> {
-        let width = self.spec.layers[l].key_width;
-        let key = &self.param(&format!("moe_gate.{l}.keys"))[expert * width..(expert + 1) * width];
-        if self.spec.gate.kind == GateKind::NoisyTopk { unit(key) } else { key.to_vec() }
-    }
-
-    /// Query of the router of layer `l` for this input.
-    fn query(&self, l: usize, input: &[f64]) -> Vec<f64> {
-        if self.layout.layers[l].network.is_none() {
-            return input.to_vec();
-        }
-        let name = |part: &str| format!("moe_gate.{l}.mlp.{part}");
-        let pre = self.affine(&name("0.weight"), &name("0.bias"), input);
-        let slope = self.param(&name("1.weight")).first().copied();
-        let hidden = Self::apply(Act::new(self.spec.gate.activation, slope), &pre);
-        self.affine(&name("2.weight"), &name("2.bias"), &hidden)
-    }
-
-    /// The children of one parent. `noise [s]` in training.
-    fn choose(&self, l: usize, input: &[f64], noise: Option<&[f64]>) -> Choice {
-        let layer = &self.spec.layers[l];
-        let noisy = self.spec.gate.kind == GateKind::NoisyTopk;
-        let query = self.query(l, input);
-        let query = if noisy { unit(&query) } else { query };
-        let logits: Vec<f64> = (0..layer.experts).map(|e| dot(&query, &self.key(l, e))).collect();
-        match self.spec.gate.kind {
-            GateKind::NoisyTopk => self.choose_noisy(l, input, &logits, noise),
-            GateKind::Dense => {
-                let p = softmax(&logits);
-                let chosen = p.iter().copied().enumerate().collect();
-                Choice { chosen, load: vec![1.0; p.len()], importance: p }
-            }
-            GateKind::Switch => {
-                let p = softmax(&logits);
-                let order = &ranked(&p)[..layer.fanout];
-                let sum: f64 = order.iter().map(|&e| p[e]).sum();
-                let sum = if layer.fanout > 1 { sum } else { 1.0 };
-                let mut load = vec![0.0; p.len()];
-                for &e in order {
-                    load[e] = 1.0;
-                }
-                let chosen = order.iter().map(|&e| (e, p[e] / sum)).collect();
-                Choice { chosen, load, importance: p }
-            }
-        }
-    }
-
-    fn choose_noisy(
-        &self,
-        l: usize,
-        input: &[f64],
-        clean: &[f64],
-        noise: Option<&[f64]>,
-    ) -> Choice {
-        let (s, f) = (clean.len(), self.spec.layers[l].fanout);
-        let spread = self.param(&format!("moe_gate.{l}.weight_noise.weight"));
-        let deviation: Vec<f64> =
-            spread.chunks_exact(input.len()).map(|w| dot(w, input).exp().ln_1p() + 1e-2).collect();
-        let scores: Vec<f64> =
-            (0..s).map(|e| clean[e] + noise.map_or(0.0, |n| n[e] * deviation[e])).collect();
-        let order = ranked(&scores);
-        let top: Vec<f64> = order[..f].iter().map(|&e| scores[e]).collect();
-        let weights = if f > 1 { softmax(&top) } else { top };
-        let chosen: Vec<(usize, f64)> = order[..f].iter().copied().zip(weights).collect();
-        let mut importance = vec![0.0; s];
-        let mut load = vec![0.0; s];
-        for &(e, weight) in &chosen {
-            importance[e] = weight;
-            load[e] = if weight > 0.0 { 1.0 } else { 0.0 };
-        }
-        if noise.is_some() {
-            // Shazeer App. A: the chance to be chosen if this expert's noise were drawn anew.
-            let (last_in, first_out) = (scores[order[f - 1]], scores[order[f.min(s - 1)]]);
-            for e in 0..s {
-                let limit = if scores[e] > first_out { first_out } else { last_in };
-                let z = (clean[e] - limit) / deviation[e];
-                load[e] = 0.5 * libm::erfc(-z / std::f64::consts::SQRT_2);
-            }
-        }
-        Choice { chosen, load, importance }
-    }
-
-    /// The sub-tree below a parent of layer `l`'s nodes, and its x_i (Eq. 3). `position` counts
-    /// parents in their layer.
-    fn grow(
-        &self,
-        l: usize,
-        position: usize,
-        view: &[f64],
-        ancestors: &[f64],
-        x: &[f64],
-        noise: Option<&[Vec<f64>]>,
-        sums: Option<&mut Vec<Sums>>,
-    ) -> Node {
-        let layer = &self.spec.layers[l];
-        let input = [view, ancestors].concat();
-        let s = layer.experts;
-        let drawn = noise.map(|n| &n[l][position * s..(position + 1) * s]);
-        let choice = self.choose(l, &input, drawn);
-        let mut sums = sums;
-        if let Some(sums) = sums.as_deref_mut() {
-            let sums = &mut sums[l];
-            sums.rows += 1.0;
-            for e in 0..s {
-                sums.load[e] += choice.load[e];
-                sums.importance[e] += choice.importance[e];
-            }
-        }
-        let mut children = Vec::new();
-        // Without a tree all nodes share what the layer below made of the token.
-        let multi_order = self.spec.structure == Structure::MultiOrder;
-        let mut shared: Option<Node> = None;
-        for (slot, &(expert, weight)) in choice.chosen.iter().enumerate() {
-            let mut child = Node { children: vec![], hidden: vec![] };
-            if l > 0 {
-                child = if let Some(node) = &shared {
-                    node.clone()
-                } else {
-                    let mut keys = ancestors.to_vec();
-                    if self.spec.gate.ancestor_keys {
-                        keys.extend(self.key(l, expert));
-                    }
-                    let at = if multi_order { 0 } else { position * layer.fanout + slot };
-                    self.grow(l - 1, at, view, &keys, x, noise, sums.as_deref_mut())
-                };
-                if multi_order {
-                    shared = Some(child.clone());
-                }
-            }
-            children.push((expert, weight, child));
-        }
-        let hidden = self.sum(l, &children, x);
-        Node { children, hidden }
-    }
-
-    /// x_i = sum over children of alpha sigma(u + W x + b), or its variants.
-    fn sum(&self, l: usize, children: &[(usize, f64, Node)], x: &[f64]) -> Vec<f64> {
-        let mut hidden = vec![0.0; self.spec.layers[l].width];
-        let up = |below: &[f64]| {
-            if l == 0 {
-                return vec![0.0; hidden.len()];
-            }
-            self.affine(&format!("moe_W.{l}"), &format!("moe_W_bias.{l}"), below)
-        };
-        let terms: Vec<Vec<f64>> = children
-            .iter()
-            .map(|(expert, weight, child)| {
-                let u = self.residual(l, *expert, x);
-                let mix = |u: f64, v: f64| match self.spec.position {
-                    ActivationPosition::Child => weight * u + v,
-                    ActivationPosition::All | ActivationPosition::ChildV2 => weight * (u + v),
-                };
-                if self.spec.position == ActivationPosition::All {
-                    let v = up(&child.hidden);
-                    let inner: Vec<f64> = u.iter().zip(&v).map(|(u, v)| u + v).collect();
-                    return self.sigma(l, &inner).iter().map(|s| weight * s).collect();
-                }
-                let v = up(&self.sigma(l, &child.hidden));
-                u.iter().zip(&v).map(|(&u, &v)| mix(u, v)).collect()
-            })
-            .collect();
-        for term in terms {
-            for (h, t) in hidden.iter_mut().zip(term) {
-                *h += t;
-            }
-        }
-        hidden
-    }
-
-    /// Runs a batch. `noise[token][layer]` holds `[parents * s]` draws in training; tokens whose
-    /// `valid` is false do not count in the balance losses.
-    pub fn forward(
-        &self,
-        tokens: &[Vec<f64>],
-        valid: Option<&[bool]>,
-        noise: Option<&[Vec<Vec<f64>>]>,
-    ) -> Output {
-        let top = self.spec.depth() - 1;
-        let empty = |l: &crate::spec::LayerSpec| Sums {
-            rows: 0.0,
-            load: vec![0.0; l.experts],
-            importance: vec![0.0; l.experts],
-        };
-        let mut sums: Vec<Sums> = self.spec.layers.iter().map(empty).collect();
-        let (mut y, mut roots) = (Vec::new(), Vec::new());
-        for (t, x) in tokens.iter().enumerate() {
-            let view = self.affine("moe_downproj_x.weight", "moe_downproj_x.bias", x);
-            let counted = valid.is_none_or(|v| v[t]).then_some(&mut sums);
-            let drawn = noise.map(|n| n[t].as_slice());
-            let root = self.grow(top, 0, &view, &[], x, drawn, counted);
-            y.push(self.affine("moe_W_final", "moe_W_final_bias", &root.hidden));
-            roots.push(root);
-        }
-        let balance_losses = sums.iter().map(|s| self.balance(s)).collect();
-        Output { y, roots, balance_losses }
-    }
-
-    fn balance(&self, sums: &Sums) -> f64 {
-        let w = self.spec.gate.balance_weight;
-        let s = sums.load.len() as f64;
-        match self.spec.gate.kind {
-            GateKind::Dense => 0.0,
-            GateKind::Switch => {
-                let n = sums.rows.max(1.0);
-                let pairs = sums.load.iter().zip(&sums.importance);
-                w * s * pairs.map(|(l, p)| l / n * (p / n)).sum::<f64>()
-            }
-            GateKind::NoisyTopk => {
-                let variation = |x: &[f64]| {
-                    if x.len() < 2 {
-                        return 0.0;
-                    }
-                    let mean = x.iter().sum::<f64>() / s;
-                    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (s - 1.0);
-                    variance / (mean * mean + 1e-10)
-                };
-                w * (variation(&sums.importance) + variation(&sums.load))
-            }
-        }
-    }
+    let n = x.len() as f64;
+    let mean = x.iter().sum::<f64>() / n;
+    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    variance / (mean * mean + 1e-10)
 }

@@ -149,7 +149,7 @@ impl Case {
         let slope = || self.activation.strip_prefix("prelu|").unwrap().parse().unwrap();
         let identity = self.method == "eq_1_layer";
         match (kind, rest) {
-            ("moe_A", _) | ("moe_downproj_x", _) => Start::Uniform(D_IN),
+            ("moe_A" | "moe_downproj_x", _) => Start::Uniform(D_IN),
             ("moe_B", _) if identity => Start::UpIdentity,
             ("moe_W", _) if identity => Start::LastIdentity,
             ("moe_B", _) if ["b_zero", "bw_zero"].contains(&self.method) => Start::Zero,
@@ -158,13 +158,13 @@ impl Case {
             ("moe_B", _) => Start::Uniform(self.ranks[l]),
             ("moe_W", _) => Start::Uniform(self.width_below(l)),
             ("moe_W_final", _) => Start::Uniform(self.width_below(self.ranks.len())),
-            ("moe_A_bias" | "moe_B_bias" | "moe_W_bias" | "moe_W_final_bias", _) => Start::Zero,
+            ("moe_A_bias" | "moe_B_bias" | "moe_W_bias" | "moe_W_final_bias", _)
+            | ("moe_gate", "weight_noise.weight") => Start::Zero,
             ("moe_expert_act_param", _) | ("moe_gate", "mlp.1.weight") => Start::Constant(slope()),
             ("moe_gate", "keys") if self.architecture == "linear" => Start::Normal,
             ("moe_gate", "keys") => Start::Unit,
             ("moe_gate", "mlp.0.weight" | "mlp.0.bias") => Start::Uniform(self.router_input(l)),
             ("moe_gate", "mlp.2.weight" | "mlp.2.bias") => Start::Uniform(NETWORK),
-            ("moe_gate", "weight_noise.weight") => Start::Zero,
             _ => panic!("what is {name}?"),
         }
     }

@@ -1,0 +1,188 @@
+//! Every group of parameters by name, and x, against central differences in f64: with the choice
+//! of experts free to move (it must not), and on trees held still by force.
+//!
+//! A group is checked along directions that move all of its elements, and at its steepest element
+//! alone. The error allowed is relative to the group's own gradient, so that a small group cannot
+//! hide behind a large one.
+
+mod common;
+
+use common::case::{Case, D_IN, D_OUT};
+use common::numbers;
+use common::table::{bottom_up_cases, cases};
+use smore::adapter::{Adapter, Lora, Mode, SmoreSaved};
+use smore::config::LoraConfig;
+use smore::spec::LoraSpec;
+use smore_engine::{Cpu, View, ViewMut};
+use std::ops::Range;
+
+const STEP: f64 = 1e-6;
+/// Of the group's gradient; rounding of the loss adds its own, see [`check`].
+const ALLOWED: f64 = 1e-6;
+/// The balance losses enter times this.
+const BALANCE: f64 = 2.5;
+
+/// Slope of `f` along `direction`, whose elements stand at `range` of `at`.
+fn slope(at: &[f64], range: Range<usize>, direction: &[f64], f: impl Fn(&[f64]) -> f64) -> f64 {
+    let moved = |step: f64| {
+        let mut at = at.to_vec();
+        for (at, d) in at[range.clone()].iter_mut().zip(direction) {
+            *at += step * d;
+        }
+        f(&at)
+    };
+    (moved(STEP) - moved(-STEP)) / (2.0 * STEP)
+}
+
+/// Compares the gradient `grads` of `f` at `at` within `range` with differences.
+fn check(name: &str, at: &[f64], range: Range<usize>, grads: &[f64], f: impl Fn(&[f64]) -> f64) {
+    let grads = &grads[range.clone()];
+    let (steepest, size) =
+        grads.iter().enumerate().fold((0, 0.0), |(i, size), (j, g): (usize, &f64)| {
+            if g.abs() > size { (j, g.abs()) } else { (i, size) }
+        });
+    let mut alone = vec![0.0; range.len()];
+    alone[steepest] = 1.0;
+    let rounding = 1e-15 * f(at).abs().max(1.0) / STEP;
+    for direction in [alone, numbers(range.len(), 11), numbers(range.len(), 12)] {
+        let want = slope(at, range.clone(), &direction, &f);
+        let got: f64 = grads.iter().zip(&direction).map(|(g, d)| g * d).sum();
+        let moved: f64 = direction.iter().map(|d| d * d).sum::<f64>().sqrt();
+        let allowed = ALLOWED * size * moved * (range.len() as f64).sqrt() + 4.0 * rounding;
+        assert!((want - got).abs() <= allowed, "{name}: slope {want}, gradient {got}");
+    }
+}
+
+/// Parameters that this adapter holds and no loss can feel.
+fn unfelt(case: &Case, name: &str) -> bool {
+    use smore::config::ActivationPosition;
+    let spec = &case.smore.spec;
+    let leaf_slope = name == "moe_expert_act_param.0";
+    // No sigma at the leaves; no noise in evaluation.
+    leaf_slope && spec.position != ActivationPosition::All
+        || name.contains("weight_noise") && case.noise.is_none()
+        // One expert has nothing to be told apart from; its key still reaches its children.
+        || name.contains("moe_gate.1.mlp") && spec.layers.get(1).is_some_and(|l| l.experts == 1)
+}
+
+fn same_choice(a: &SmoreSaved<Cpu<f64>>, b: &SmoreSaved<Cpu<f64>>) -> bool {
+    let mut layers = a.routing.tree.layers.iter().zip(&b.routing.tree.layers);
+    layers.all(|(a, b)| a.expert_idx == b.expert_idx && a.source == b.source)
+}
+
+/// sum(y g) and the balance losses; the choice must be the one in `saved`.
+fn loss(case: &Case, saved: &SmoreSaved<Cpu<f64>>, params: &[f64], x: &[f64]) -> f64 {
+    let (y, moved) = case.forward::<f64>(params, x);
+    assert!(same_choice(saved, &moved), "another choice: {}", case.name);
+    let task: f64 = y.iter().zip(&case.g).map(|(y, g)| y * g).sum();
+    task + BALANCE * moved.routing.balance_losses.iter().sum::<f64>()
+}
+
+#[test]
+fn through_the_router() {
+    for case in cases().into_iter().chain(bottom_up_cases()) {
+        let (grads, dx) = case.gradients(BALANCE);
+        let (_, saved) = case.run::<f64>();
+        for param in &case.smore.layout.params {
+            let name = format!("{} of {}", param.name, case.name);
+            let felt = grads[param.range()].iter().any(|&g| g != 0.0);
+            assert_eq!(felt, !unfelt(&case, &param.name), "{name}: gradient is zero");
+            let f = |params: &[f64]| loss(&case, &saved, params, &case.x);
+            check(&name, &case.params, param.range(), &grads, f);
+        }
+        let f = |x: &[f64]| loss(&case, &saved, &case.params, x);
+        check(&format!("x of {}", case.name), &case.x, 0..case.x.len(), &dx, f);
+    }
+}
+
+/// sum(y g) with y from the given trees' outputs: weights move, experts cannot.
+fn loss_on(case: &Case, saved: &SmoreSaved<Cpu<f64>>, params: &[f64], x: &[f64]) -> f64 {
+    let layout = &case.smore.layout;
+    let hidden = case.hidden_on(params, x, &saved.routing.tree);
+    let (weight, bias) =
+        (&params[layout.output_proj..layout.output_bias], &params[layout.output_bias..layout.core]);
+    let width = case.smore.spec.root_width();
+    let mut sum = 0.0;
+    for (root, g) in hidden[hidden.len() - 1].chunks(width).zip(case.g.chunks(D_OUT)) {
+        for (i, g) in g.iter().enumerate() {
+            let row = weight[i * width..(i + 1) * width].iter().zip(root);
+            sum += g * (row.map(|(w, h)| w * h).sum::<f64>() + bias[i]);
+        }
+    }
+    sum
+}
+
+#[test]
+fn on_a_fixed_tree() {
+    for case in cases().into_iter().step_by(3).chain(bottom_up_cases()) {
+        let (grads, dx) = case.gradients(0.0);
+        let (_, saved) = case.run::<f64>();
+        for param in &case.smore.layout.params {
+            let name = format!("{} of {}", param.name, case.name);
+            let f = |params: &[f64]| loss_on(&case, &saved, params, &case.x);
+            check(&name, &case.params, param.range(), &grads, f);
+        }
+        let f = |x: &[f64]| loss_on(&case, &saved, &case.params, x);
+        check(&format!("x of {}", case.name), &case.x, 0..case.x.len(), &dx, f);
+    }
+}
+
+/// What backward adds to is kept: gradients of several batches add up.
+#[test]
+fn gradients_accumulate() {
+    let case = &cases()[0];
+    let (grads, dx) = case.gradients(1.0);
+    let (_, saved) = case.run::<f64>();
+    let (mut twice, mut twice_dx) = (vec![0.0; grads.len()], vec![0.0; dx.len()]);
+    for _ in 0..2 {
+        case.smore.backward_with(
+            &Cpu::<f64>::new(),
+            case.valid.as_deref(),
+            None,
+            1.0,
+            View::new(&case.params, grads.len()),
+            &saved,
+            View::new(&case.x, dx.len()),
+            View::new(&case.g, case.g.len()),
+            ViewMut::new(&mut twice, grads.len()),
+            Some(ViewMut::new(&mut twice_dx, dx.len())),
+        );
+    }
+    for (one, two) in grads.iter().chain(&dx).zip(twice.iter().chain(&twice_dx)) {
+        assert!((2.0 * one - two).abs() <= 1e-12 * one.abs().max(1.0), "{one} {two}");
+    }
+}
+
+#[test]
+fn lora() {
+    let config = LoraConfig { targets: vec![], rank: 3, alpha: Some(4.5) };
+    let lora = Lora::new(LoraSpec::new(&config, D_IN, D_OUT).unwrap());
+    let (device, n) = (Cpu::<f64>::new(), 6);
+    let mode = Mode { valid: None, noise: None };
+    let (params, x, g) = (numbers(lora.layout.len, 1), numbers(n * D_IN, 2), numbers(n * D_OUT, 3));
+    let run = |params: &[f64], x: &[f64]| {
+        let mut y = vec![0.0; n * D_OUT];
+        let target = ViewMut::new(&mut y, n * D_OUT);
+        let (p, x) = (params.to_vec(), x.to_vec());
+        let saved =
+            lora.forward(&device, mode, View::new(&p, p.len()), View::new(&x, x.len()), target);
+        (y.iter().zip(&g).map(|(y, g)| y * g).sum::<f64>(), saved)
+    };
+    let (_, saved) = run(&params, &x);
+    let (mut grads, mut dx) = (vec![0.0; params.len()], vec![0.0; x.len()]);
+    lora.backward(
+        &device,
+        mode,
+        1.0,
+        View::new(&params, params.len()),
+        &saved,
+        View::new(&x, x.len()),
+        View::new(&g, g.len()),
+        ViewMut::new(&mut grads, params.len()),
+        Some(ViewMut::new(&mut dx, x.len())),
+    );
+    for param in &lora.layout.params {
+        check(&param.name, &params, param.range(), &grads, |p| run(p, &x).0);
+    }
+    check("x", &x, 0..x.len(), &dx, |x| run(&params, x).0);
+}
