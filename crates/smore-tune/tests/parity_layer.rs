@@ -50,6 +50,22 @@ fn every_case_that_was_recorded() {
     assert!(counts.iter().all(|&n| n > 0), "a precision is missing: {counts:?}");
 }
 
+/// The plain switch gate, held to half of what other cases are allowed.
+#[test]
+fn the_switch_gate_is_closer_still() {
+    let Some(shared) = std::env::var_os("SMORE_SHARED") else { return };
+    let tight = Tolerance { values: 1e-5, gradients: 1e-4, handed_on: None };
+    let mut checked = 0;
+    for path in find_cases(&Path::new(&shared).join("fixtures/layer")).unwrap() {
+        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with("g1_switch")) {
+            let report = layer_case::<f32>(&path, Some(tight)).unwrap();
+            assert!(report.passed(), "{}: {:?}", report.name, report.worst());
+            checked += 1;
+        }
+    }
+    assert!(checked >= 11, "only {checked} cases");
+}
+
 #[test]
 fn a_case_in_f64_agrees_better_than_rounding_allows_in_f32() {
     let path = own_cases().join("g1_switch_s4-4_f2-2_r4-8.json");
