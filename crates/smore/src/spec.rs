@@ -380,6 +380,12 @@ fn derive_layers(
                 layer.nodes
             )));
         }
+        if router_input > 1 << 24 {
+            return Err(Error::config(format!(
+                "the router of layers[{l}] would look at {router_input} numbers; lower \
+                 gate.router_input_width, use gate.architecture mlp or fewer layers"
+            )));
+        }
         layer.router_input = router_input;
         layer.key_width = match gate.architecture {
             RouterArchitecture::Mlp => layer.router_width,
@@ -388,12 +394,6 @@ fn derive_layers(
         };
         if gate.architecture == RouterArchitecture::BottomUp {
             layer.router_input = layer.width_below + gate.input_width;
-        }
-        if router_input > 1 << 24 {
-            return Err(Error::config(format!(
-                "the linear router of layers[{l}] would look at {router_input} numbers; use \
-                 gate.architecture mlp or fewer layers"
-            )));
         }
         parents = layer.nodes;
         if gate.ancestor_keys {

@@ -306,3 +306,16 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn huge_maps() {
+    for architecture in ["mlp", "linear", "bottom_up"] {
+        let gate =
+            format!(r#", "gate": {{"architecture": "{architecture}", "router_input_width": 0}}"#);
+        let config: SmoreConfig = serde_json::from_str(&layers(3, 2, &gate)).unwrap();
+        for huge in [1 << 40, 1 << 63, usize::MAX] {
+            SmoreSpec::new(&config, huge, 16).unwrap_err();
+            SmoreSpec::new(&config, 16, huge).unwrap_err();
+        }
+    }
+}
