@@ -6,7 +6,6 @@ use crate::model::spec::{DecoderSpec, Proj};
 use smore::adapter::{Adapter, AnyAdapter, Lora, NoiseKey, Smore};
 use smore::rng::{Purpose, stream};
 use smore::spec::{LoraSpec, SmoreSpec};
-use smore_engine::Cpu;
 use std::ops::Range;
 
 /// One adapter on one linear map.
@@ -36,7 +35,7 @@ impl Slot {
 
     /// Its parameters' names and shapes.
     pub fn params(&self) -> &[smore::layout::Param] {
-        Adapter::<Cpu<f32>>::params(&self.adapter)
+        self.adapter.params()
     }
 }
 
@@ -94,7 +93,7 @@ impl Adapters {
                 let (d_out, d_in) = spec.shape(proj);
                 let adapter = build(config, router_widths, d_in, d_out)
                     .map_err(|e| format!("adapter.{e}"))?;
-                let len = Adapter::<Cpu<f32>>::len(&adapter);
+                let len = adapter.len();
                 let place = adapters.slots.len();
                 adapters.index[block][proj as usize] = Some(place);
                 adapters.slots.push(Slot { block, proj, adapter, range: next..next + len, place });
@@ -129,7 +128,7 @@ impl Adapters {
         let mut values = Vec::with_capacity(self.len());
         for slot in &self.slots {
             let mut rng = stream(seed, Purpose::AdapterInit, 0, slot.place as u64);
-            values.extend(Adapter::<Cpu<f32>>::init(&slot.adapter, &mut rng));
+            values.extend(slot.adapter.init(&mut rng));
         }
         values
     }

@@ -129,7 +129,7 @@ fn equals_its_rules() {
     ];
     for (layers, seed) in cases.into_iter().flat_map(|c| (1..8).map(move |seed| (c, seed))) {
         let smore = adapter(layers);
-        let values = numbers(Adapter::<Cpu<f64>>::len(&smore), seed);
+        let values = numbers(smore.len(), seed);
         let x = numbers(TOKENS * D_IN, 4);
         let mut y = vec![0.0; TOKENS * D_OUT];
         let saved = smore.forward_with(

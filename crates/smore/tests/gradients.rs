@@ -10,7 +10,7 @@ mod common;
 use common::case::{Case, D_IN, D_OUT};
 use common::numbers;
 use common::table::{bottom_up_cases, cases};
-use smore::adapter::{Adapter, Lora, Mode, SmoreSaved};
+use smore::adapter::{Lora, MapAdapter, Mode, SmoreSaved};
 use smore::config::LoraConfig;
 use smore::spec::LoraSpec;
 use smore_engine::{Cpu, View, ViewMut};

@@ -104,7 +104,7 @@ impl Drawn {
     /// The adapter with parameters of which none is 0.
     fn filled(&self) -> (Smore, Vec<f64>) {
         let smore = self.adapter("normal");
-        let params = numbers(Adapter::<Cpu<f64>>::len(&smore), self.seed);
+        let params = numbers(smore.len(), self.seed);
         (smore, params)
     }
 

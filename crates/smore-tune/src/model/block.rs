@@ -2,7 +2,7 @@
 
 use super::spec::Proj;
 use super::{Model, Scales};
-use smore::adapter::{Adapter, AnySaved, Mode};
+use smore::adapter::{AnySaved, MapAdapter, Mode};
 use smore::kernel::{AdapterKernels, Routing};
 use smore_engine::{AttentionShape, View, ViewMut};
 

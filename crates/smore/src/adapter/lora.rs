@@ -1,6 +1,6 @@
 //! LoRA (Hu et al. 2021): y += (alpha / r) B A x.
 
-use super::{Adapter, Mode};
+use super::{Adapter, MapAdapter, Mode};
 use crate::init;
 use crate::kernel::AdapterKernels;
 use crate::layout::{LoraLayout, Param};
@@ -28,9 +28,7 @@ pub struct LoraSaved<D: AdapterKernels> {
     down: D::Buf,
 }
 
-impl<D: AdapterKernels> Adapter<D> for Lora {
-    type Saved = LoraSaved<D>;
-
+impl Adapter for Lora {
     fn params(&self) -> &[Param] {
         &self.layout.params
     }
@@ -38,6 +36,10 @@ impl<D: AdapterKernels> Adapter<D> for Lora {
     fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
         init::lora(&self.layout, rng)
     }
+}
+
+impl<D: AdapterKernels> MapAdapter<D> for Lora {
+    type Saved = LoraSaved<D>;
 
     fn forward(
         &self,

@@ -31,11 +31,8 @@ pub struct NoiseKey {
     pub place: u64,
 }
 
-/// An adapter on one linear map `[d_out, d_in]`: adds its output to the map's.
-pub trait Adapter<D: AdapterKernels> {
-    /// What backward needs from forward.
-    type Saved;
-
+/// The trained parameters of an adapter: their names, places and starting values.
+pub trait Adapter {
     /// All parameters, in the order in which they lie.
     fn params(&self) -> &[Param];
 
@@ -51,6 +48,12 @@ pub trait Adapter<D: AdapterKernels> {
 
     /// Starting values.
     fn init(&self, rng: &mut impl Rng) -> Vec<f32>;
+}
+
+/// An adapter on one linear map `[d_out, d_in]`: adds its output to the map's.
+pub trait MapAdapter<D: AdapterKernels>: Adapter {
+    /// What backward needs from forward.
+    type Saved;
 
     /// y += adapter(x).
     ///
@@ -69,7 +72,7 @@ pub trait Adapter<D: AdapterKernels> {
     /// loss enters times `balance_scale`.
     ///
     /// # Shapes
-    /// as in [`Adapter::forward`], dy like y, dx like x
+    /// as in [`MapAdapter::forward`], dy like y, dx like x
     fn backward(
         &self,
         device: &D,
@@ -84,7 +87,7 @@ pub trait Adapter<D: AdapterKernels> {
     );
 }
 
-/// Any adapter this crate knows.
+/// Any adapter on one linear map that this crate knows.
 pub enum AnyAdapter {
     /// S'MoRE
     Smore(Smore),
@@ -110,22 +113,24 @@ impl<D: AdapterKernels> AnySaved<D> {
     }
 }
 
-impl<D: AdapterKernels> Adapter<D> for AnyAdapter {
-    type Saved = AnySaved<D>;
-
+impl Adapter for AnyAdapter {
     fn params(&self) -> &[Param] {
         match self {
-            Self::Smore(a) => Adapter::<D>::params(a),
-            Self::Lora(a) => Adapter::<D>::params(a),
+            Self::Smore(a) => a.params(),
+            Self::Lora(a) => a.params(),
         }
     }
 
     fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
         match self {
-            Self::Smore(a) => Adapter::<D>::init(a, rng),
-            Self::Lora(a) => Adapter::<D>::init(a, rng),
+            Self::Smore(a) => a.init(rng),
+            Self::Lora(a) => a.init(rng),
         }
     }
+}
+
+impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
+    type Saved = AnySaved<D>;
 
     fn forward(
         &self,

@@ -6,7 +6,7 @@
 //! y     += W_proj hidden + bias_proj
 //! ```
 
-use super::{Adapter, Mode};
+use super::{Adapter, MapAdapter, Mode};
 use crate::config::GateKind;
 use crate::init;
 use crate::kernel::{AdapterKernels, GateNoise, Pass, Routing};
@@ -37,7 +37,7 @@ impl Smore {
         Self { layout: SmoreLayout::new(&spec), spec }
     }
 
-    /// Forward with the noise given instead of drawn; see [`Adapter::forward`].
+    /// Forward with the noise given instead of drawn; see [`MapAdapter::forward`].
     pub fn forward_with<D: AdapterKernels>(
         &self,
         device: &D,
@@ -79,7 +79,7 @@ impl Smore {
         z
     }
 
-    /// Backward with the noise given instead of drawn; see [`Adapter::backward`].
+    /// Backward with the noise given instead of drawn; see [`MapAdapter::backward`].
     pub fn backward_with<D: AdapterKernels>(
         &self,
         device: &D,
@@ -133,9 +133,7 @@ impl Smore {
     }
 }
 
-impl<D: AdapterKernels> Adapter<D> for Smore {
-    type Saved = SmoreSaved<D>;
-
+impl Adapter for Smore {
     fn params(&self) -> &[Param] {
         &self.layout.params
     }
@@ -143,6 +141,10 @@ impl<D: AdapterKernels> Adapter<D> for Smore {
     fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
         init::smore(&self.spec, &self.layout, rng)
     }
+}
+
+impl<D: AdapterKernels> MapAdapter<D> for Smore {
+    type Saved = SmoreSaved<D>;
 
     fn forward(
         &self,
