@@ -63,18 +63,20 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// Adds row i of dy to row `ids[i]` of dtable.
     fn embedding_backward(&self, ids: &[u32], dy: View<Self>, dtable: ViewMut<Self>);
 
-    /// y = x / sqrt(mean(x^2) + eps) * gain, row by row; the inverse root goes to `inv_rms [n]`.
+    /// y = x / sqrt(mean(x^2) + eps) * (offset + gain), row by row; the inverse root goes to
+    /// `inv_rms [n]`.
     fn rms_norm(
         &self,
+        norm: RmsNorm,
         x: View<Self>,
         gain: View<Self>,
-        eps: f64,
         y: ViewMut<Self>,
         inv_rms: ViewMut<Self>,
     );
     /// Gradients of [`Device::rms_norm`] by x and, where wanted, by the gain.
     fn rms_norm_backward(
         &self,
+        norm: RmsNorm,
         x: View<Self>,
         gain: View<Self>,
         inv_rms: View<Self>,
@@ -127,11 +129,12 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
         dv: ViewMut<Self>,
     );
 
-    /// y = silu(gate) * up
-    fn swiglu(&self, gate: View<Self>, up: View<Self>, y: ViewMut<Self>);
-    /// Gradients of [`Device::swiglu`].
-    fn swiglu_backward(
+    /// y = act(gate) * up
+    fn gated(&self, act: GateActivation, gate: View<Self>, up: View<Self>, y: ViewMut<Self>);
+    /// Gradients of [`Device::gated`].
+    fn gated_backward(
         &self,
+        act: GateActivation,
         gate: View<Self>,
         up: View<Self>,
         dy: View<Self>,
@@ -142,8 +145,8 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// Cross-entropy of the output head at the rows that are trained, and its gradients.
     ///
     /// `targets` lists (row of h, target token). Returns -ln p(target) of each, in f64. Where `dh`
-    /// is given, adds `scale` times the gradient of their sum, and likewise for `dhead`. Logits
-    /// exist for a few rows at a time only.
+    /// is given, adds `scale` times the gradient of their sum, and likewise for `dhead`. With
+    /// `soft_cap` c the logits are c tanh(z / c). Logits exist for a few rows at a time only.
     ///
     /// # Shapes
     /// h, dh `[n, d]`; head, dhead `[vocabulary, d]`
@@ -152,11 +155,14 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
         h: View<Self>,
         targets: &[(u32, u32)],
         head: MatrixRef<Self>,
+        soft_cap: Option<f64>,
         scale: f64,
         dh: Option<ViewMut<Self>>,
         dhead: Option<ViewMut<Self>>,
     ) -> Vec<f64>;
 
+    /// x = cap tanh(x / cap)
+    fn soft_cap(&self, cap: f64, x: ViewMut<Self>);
     /// y += x
     fn add(&self, x: View<Self>, y: ViewMut<Self>);
     /// Adds `row [d]` to every row of `y [n, d]`.
@@ -205,6 +211,10 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Factor on the scores, usually 1 / sqrt(head_dim).
     pub scale: f64,
+    /// Scores s become c tanh(s / c) before the softmax.
+    pub soft_cap: Option<f64>,
+    /// A query sees this many keys at most, the newest ones.
+    pub window: Option<usize>,
     /// One entry per sequence; sequences never see each other.
     pub spans: Vec<Span>,
 }
@@ -220,6 +230,25 @@ pub struct Span {
     pub k_start: usize,
     /// Key rows, at least `q_len`.
     pub k_len: usize,
+}
+
+/// The numbers of an RMS norm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RmsNorm {
+    /// Added to the mean square.
+    pub eps: f64,
+    /// Added to every gain: 1 where gains are stored as their distance from 1, as Gemma does.
+    pub offset: f64,
+}
+
+/// The activation of a gated FFN.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum GateActivation {
+    /// x sigmoid(x)
+    #[default]
+    Silu,
+    /// GELU by its tanh approximation: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
+    GeluTanh,
 }
 
 /// The numbers of one AdamW step.

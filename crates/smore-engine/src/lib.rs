@@ -14,6 +14,6 @@ pub mod matrix;
 
 pub use buffer::{Mat, MatMut, View, ViewMut};
 pub use cpu::Cpu;
-pub use device::{AdamW, AttentionShape, Device, MatrixRef, Span};
+pub use device::{AdamW, AttentionShape, Device, GateActivation, MatrixRef, RmsNorm, Span};
 pub use float::Float;
 pub use matrix::{Dtype, HostMatrix};

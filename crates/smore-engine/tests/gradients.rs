@@ -2,7 +2,8 @@
 //! restatement.
 
 use smore_engine::{
-    AdamW, AttentionShape, Cpu, Device, HostMatrix, MatrixRef, Span, View, ViewMut,
+    AdamW, AttentionShape, Cpu, Device, GateActivation, HostMatrix, MatrixRef, RmsNorm, Span, View,
+    ViewMut,
 };
 
 type Dev = Cpu<f64>;
@@ -53,11 +54,17 @@ fn check(name: &str, x: &[f64], grad: &[f64], f: impl Fn(&Vec<f64>) -> f64) {
 
 #[test]
 fn rms_norm() {
+    for offset in [0.0, 1.0] {
+        rms_norm_with(RmsNorm { eps: 1e-5, offset });
+    }
+}
+
+fn rms_norm_with(norm: RmsNorm) {
     let (n, d) = (5, 7);
     let (x, gain, g) = (numbers(n * d, 1), numbers(d, 2), numbers(n * d, 3));
     let forward = |x: &Vec<f64>, gain: &Vec<f64>| {
         let (mut y, mut inv) = (vec![0.0; n * d], vec![0.0; n]);
-        DEV().rms_norm(v(x), v(gain), 1e-5, m(&mut y), m(&mut inv));
+        DEV().rms_norm(norm, v(x), v(gain), m(&mut y), m(&mut inv));
         (y, inv)
     };
     let (y, inv) = forward(&x, &gain);
@@ -65,11 +72,12 @@ fn rms_norm() {
         let row = &x[r * d..(r + 1) * d];
         let rms = (inner(row, row) / d as f64 + 1e-5).sqrt();
         for j in 0..d {
-            assert!((y[r * d + j] - row[j] / rms * gain[j]).abs() < 1e-12);
+            assert!((y[r * d + j] - row[j] / rms * (norm.offset + gain[j])).abs() < 1e-12);
         }
     }
     let (mut dx, mut dgain) = (vec![0.0; n * d], vec![0.0; d]);
-    DEV().rms_norm_backward(v(&x), v(&gain), v(&inv), v(&g), m(&mut dx), Some(m(&mut dgain)));
+    let (dx_view, dgain_view) = (m(&mut dx), Some(m(&mut dgain)));
+    DEV().rms_norm_backward(norm, v(&x), v(&gain), v(&inv), v(&g), dx_view, dgain_view);
     check("x", &x, &dx, |x| inner(&forward(x, &gain).0, &g));
     check("gain", &gain, &dgain, |gain| inner(&forward(&x, gain).0, &g));
 }
@@ -107,17 +115,28 @@ fn rotary() {
 }
 
 #[test]
-fn swiglu() {
+fn gated() {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    gated_with(GateActivation::Silu, |x| x * sigmoid(x));
+    // (1 + tanh(z)) / 2 = sigmoid(2 z)
+    gated_with(GateActivation::GeluTanh, |x| {
+        x * sigmoid(2.0 * (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3)))
+    });
+}
+
+fn gated_with(act: GateActivation, by_definition: impl Fn(f64) -> f64) {
     let (gate, up, g) = (numbers(40, 7), numbers(40, 8), numbers(40, 9));
+    let gate: Vec<f64> = gate.iter().map(|x| 4.0 * x).collect();
     let forward = |gate: &Vec<f64>, up: &Vec<f64>| {
         let mut y = vec![0.0; 40];
-        DEV().swiglu(v(gate), v(up), m(&mut y));
+        DEV().gated(act, v(gate), v(up), m(&mut y));
         y
     };
-    let want = gate[3] / (1.0 + (-gate[3]).exp()) * up[3];
-    assert!((forward(&gate, &up)[3] - want).abs() < 1e-12);
+    for ((y, &gate), up) in forward(&gate, &up).iter().zip(&gate).zip(&up) {
+        assert!((y - by_definition(gate) * up).abs() < 1e-12);
+    }
     let (mut dgate, mut dup) = (vec![0.0; 40], vec![0.0; 40]);
-    DEV().swiglu_backward(v(&gate), v(&up), v(&g), m(&mut dgate), m(&mut dup));
+    DEV().gated_backward(act, v(&gate), v(&up), v(&g), m(&mut dgate), m(&mut dup));
     check("gate", &gate, &dgate, |gate| inner(&forward(gate, &up), &g));
     check("up", &up, &dup, |up| inner(&forward(&gate, up), &g));
 }
@@ -128,7 +147,9 @@ fn attention_case() -> (AttentionShape, [usize; 2]) {
         Span { q_start: 0, q_len: 70, k_start: 0, k_len: 70 },
         Span { q_start: 70, q_len: 3, k_start: 70, k_len: 9 },
     ];
-    (AttentionShape { heads: 4, kv_heads: 2, head_dim: 3, scale: 0.6, spans }, [73, 79])
+    let (heads, kv_heads, head_dim, scale) = (4, 2, 3, 0.6);
+    let (soft_cap, window) = (None, None);
+    (AttentionShape { heads, kv_heads, head_dim, scale, soft_cap, window, spans }, [73, 79])
 }
 
 fn attention_by_definition(shape: &AttentionShape, q: &[f64], k: &[f64], val: &[f64]) -> Vec<f64> {
@@ -140,9 +161,13 @@ fn attention_by_definition(shape: &AttentionShape, q: &[f64], k: &[f64], val: &[
                 let query = &q[((s.q_start + i) * heads + h) * dim..][..dim];
                 let at = |j: usize| ((s.k_start + j) * kv + h / (heads / kv)) * dim;
                 let seen = s.k_len - s.q_len + i + 1;
-                let e: Vec<f64> = (0..seen)
-                    .map(|j| (inner(query, &k[at(j)..at(j) + dim]) * shape.scale).exp())
-                    .collect();
+                let first = shape.window.map_or(0, |w| seen.saturating_sub(w));
+                let score = |j: usize| {
+                    let s = inner(query, &k[at(j)..at(j) + dim]) * shape.scale;
+                    shape.soft_cap.map_or(s, |c| c * (s / c).tanh())
+                };
+                let e: Vec<f64> =
+                    (0..seen).map(|j| if j < first { 0.0 } else { score(j).exp() }).collect();
                 let sum: f64 = e.iter().sum();
                 for c in 0..dim {
                     out[((s.q_start + i) * heads + h) * dim + c] =
@@ -156,19 +181,34 @@ fn attention_by_definition(shape: &AttentionShape, q: &[f64], k: &[f64], val: &[
 
 #[test]
 fn attention() {
-    let (shape, [n, n_keys]) = attention_case();
+    let (shape, sizes) = attention_case();
+    attention_with(&shape, sizes);
+}
+
+#[test]
+fn attention_with_soft_cap_and_window() {
+    // Windows of one key, below a block, a whole block, above a block.
+    for window in [1, 5, 64, 66] {
+        let (shape, sizes) = attention_case();
+        attention_with(&AttentionShape { window: Some(window), ..shape }, sizes);
+    }
+    let (shape, sizes) = attention_case();
+    attention_with(&AttentionShape { soft_cap: Some(0.4), window: Some(7), ..shape }, sizes);
+}
+
+fn attention_with(shape: &AttentionShape, [n, n_keys]: [usize; 2]) {
     let (width, kv_width) = (12, 6);
     let q = numbers(n * width, 10);
     let (k, val) = (numbers(n_keys * kv_width, 11), numbers(n_keys * kv_width, 12));
     let g = numbers(n * width, 13);
     let (mut out, mut lse) = (vec![7.0; n * width], vec![0.0; n * 4]);
-    DEV().attention(&shape, v(&q), v(&k), v(&val), m(&mut out), m(&mut lse));
-    let want = attention_by_definition(&shape, &q, &k, &val);
+    DEV().attention(shape, v(&q), v(&k), v(&val), m(&mut out), m(&mut lse));
+    let want = attention_by_definition(shape, &q, &k, &val);
     assert!(out.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-12));
     let mut dq = vec![0.0; q.len()];
     let (mut dk, mut dv) = (vec![0.0; k.len()], vec![0.0; k.len()]);
     DEV().attention_backward(
-        &shape,
+        shape,
         v(&q),
         v(&k),
         v(&val),
@@ -180,7 +220,12 @@ fn attention() {
         m(&mut dv),
     );
     let loss =
-        |q: &[f64], k: &[f64], val: &[f64]| inner(&attention_by_definition(&shape, q, k, val), &g);
+        |q: &[f64], k: &[f64], val: &[f64]| inner(&attention_by_definition(shape, q, k, val), &g);
+    // With one key the scores do not matter.
+    if shape.window == Some(1) {
+        assert!(dq.iter().chain(&dk).all(|x| x.abs() < 1e-12));
+        return check("v", &val, &dv, |val| loss(&q, &k, val));
+    }
     check("q", &q, &dq, |q| loss(q, &k, &val));
     check("k", &k, &dk, |k| loss(&q, k, &val));
     check("v", &val, &dv, |val| loss(&q, &k, val));
@@ -188,6 +233,11 @@ fn attention() {
 
 #[test]
 fn cross_entropy_with_frozen_and_trained_head() {
+    cross_entropy_with(None);
+    cross_entropy_with(Some(0.7));
+}
+
+fn cross_entropy_with(cap: Option<f64>) {
     let (n, d, vocabulary) = (6, 5, 11);
     let (h, head) = (numbers(n * d, 14), numbers(vocabulary * d, 15));
     let targets = [(0u32, 3u32), (2, 10), (5, 0)];
@@ -196,15 +246,16 @@ fn cross_entropy_with_frozen_and_trained_head() {
             .iter()
             .map(|&(r, t)| {
                 let row = &h[r as usize * d..][..d];
-                let z: Vec<f64> = head.chunks(d).map(|w| inner(w, row)).collect();
+                let capped = |z: f64| cap.map_or(z, |c| c * (z / c).tanh());
+                let z: Vec<f64> = head.chunks(d).map(|w| capped(inner(w, row))).collect();
                 z.iter().map(|z| z.exp()).sum::<f64>().ln() - z[t as usize]
             })
             .collect()
     };
     let (mut dh, mut dhead) = (vec![0.0; n * d], vec![0.0; vocabulary * d]);
     let trained = MatrixRef::Trained(v(&head), vocabulary, d);
-    let losses =
-        DEV().cross_entropy(v(&h), &targets, trained, 0.5, Some(m(&mut dh)), Some(m(&mut dhead)));
+    let (dh_view, dhead_view) = (Some(m(&mut dh)), Some(m(&mut dhead)));
+    let losses = DEV().cross_entropy(v(&h), &targets, trained, cap, 0.5, dh_view, dhead_view);
     let want = by_definition(&h, &head);
     assert!(losses.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-12));
     check("h", &h, &dh, |h| 0.5 * by_definition(h, &head).iter().sum::<f64>());
@@ -213,9 +264,18 @@ fn cross_entropy_with_frozen_and_trained_head() {
     let narrow: Vec<f32> = head.iter().map(|&x| x as f32).collect();
     let wide: Vec<f64> = narrow.iter().map(|&x| f64::from(x)).collect();
     let frozen = HostMatrix::from_f32(vocabulary, d, &narrow);
-    let got = DEV().cross_entropy(v(&h), &targets, MatrixRef::Frozen(&frozen), 1.0, None, None);
+    let frozen = MatrixRef::Frozen(&frozen);
+    let got = DEV().cross_entropy(v(&h), &targets, frozen, cap, 1.0, None, None);
     let want = by_definition(&h, &wide);
     assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-12));
+}
+
+#[test]
+fn soft_cap_bends_logits() {
+    let mut x = vec![-100.0, -0.001, 0.0, 3.0];
+    DEV().soft_cap(2.0, m(&mut x));
+    let want = [-2.0, 2.0 * (-0.0005f64).tanh(), 0.0, 2.0 * 1.5f64.tanh()];
+    assert!(x.iter().zip(want).all(|(x, want)| (x - want).abs() < 1e-15));
 }
 
 #[test]
@@ -306,6 +366,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
                 full(&h),
                 &targets,
                 MatrixRef::Frozen(&frozen),
+                None,
                 1.0,
                 Some(ViewMut::new(&mut dh, n * 12)),
                 None,

@@ -18,14 +18,15 @@ type Tree = (Vec<u16>, Option<Vec<u32>>);
 
 const SCALES: Scales = Scales { loss: 0.125, balance: 0.5 };
 
-fn spec(tied: bool) -> DecoderSpec {
-    // Weights large enough that every part matters.
-    DecoderSpec::from_json(&serde_json::json!({
-        "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3,
+/// A small decoder, with weights large enough that every part matters.
+fn config(family: &str, tied: bool) -> serde_json::Value {
+    serde_json::json!({
+        "model_type": family, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 11,
-        "tie_word_embeddings": tied, "initializer_range": 0.4, "rms_norm_eps": 1e-5
-    }))
-    .unwrap()
+        "tie_word_embeddings": tied, "initializer_range": 0.4, "rms_norm_eps": 1e-5,
+        "sliding_window": 3, "query_pre_attn_scalar": 5, "attn_logit_softcapping": 0.9,
+        "final_logit_softcapping": 1.5, "use_sliding_window": true, "max_window_layers": 2
+    })
 }
 
 fn batch() -> Batch {
@@ -36,24 +37,33 @@ fn batch() -> Batch {
 }
 
 fn adapted(yaml: &str) -> Model<Dev> {
-    let spec = spec(true);
+    adapted_family("llama", yaml)
+}
+
+/// Values of a decoder in which nothing is 0 or 1, or a wrong factor would go unseen.
+fn base_values(spec: &DecoderSpec) -> Vec<f32> {
+    let mut values = from_scratch(spec, 3);
+    nudge(&mut values, 0.05);
+    values
+}
+
+fn nudge(values: &mut [f32], by: f32) {
+    for (i, v) in values.iter_mut().enumerate() {
+        *v += by * ((((i * 37) % 23) as f32 - 11.0) / 11.0 + 0.15);
+    }
+}
+
+fn adapted_family(family: &str, yaml: &str) -> Model<Dev> {
+    let spec = DecoderSpec::from_json(&config(family, true)).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("base");
-    save_model(&path, &spec, dir.path(), &from_scratch(&spec, 3)).unwrap();
-    let config = serde_json::json!({
-        "model_type": "llama", "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "vocab_size": 11,
-        "tie_word_embeddings": true, "rms_norm_eps": 1e-5
-    });
-    std::fs::write(path.join("config.json"), config.to_string()).unwrap();
+    save_model(&path, &spec, dir.path(), &base_values(&spec)).unwrap();
+    std::fs::write(path.join("config.json"), config(family, true).to_string()).unwrap();
     let folder = ModelFolder::open(&path).unwrap();
     let config: AdapterConfig = serde_json::from_str(yaml).unwrap();
     let adapters = Adapters::new(&config, &spec).unwrap();
     let mut values = adapters.init(5);
-    // Nothing may be zero, or a wrong factor would go unseen.
-    for (i, v) in values.iter_mut().enumerate() {
-        *v += 0.02 * (((i * 37) % 23) as f32 - 11.0) / 11.0 + 0.003;
-    }
+    nudge(&mut values, 0.02);
     Model::new(Dev::new(), &folder, adapters, &values, 16)
 }
 
@@ -96,10 +106,37 @@ fn check(model: &mut Model<Dev>, noise: Option<NoiseKey>, stride: usize) {
 #[test]
 fn full_fine_tuning_tied_and_untied() {
     for tied in [true, false] {
-        let spec = spec(tied);
-        let values = from_scratch(&spec, 3);
+        let spec = DecoderSpec::from_json(&config("llama", tied)).unwrap();
+        let values = base_values(&spec);
         let mut model = Model::full(Dev::new(), spec, &values, 16);
         check(&mut model, None, 3);
+    }
+}
+
+/// Norms behind attention and FFN, of queries and keys, biases, caps, windows, scaled embeddings.
+#[test]
+fn full_fine_tuning_of_every_family() {
+    for family in ["mistral", "qwen2", "qwen3", "gemma2"] {
+        let spec = DecoderSpec::from_json(&config(family, family == "gemma2")).unwrap();
+        assert!(spec.windows.iter().any(Option::is_some));
+        let values = base_values(&spec);
+        let mut model = Model::full(Dev::new(), spec, &values, 16);
+        check(&mut model, None, 3);
+    }
+}
+
+#[test]
+fn adapters_on_every_family() {
+    for family in ["mistral", "qwen2", "qwen3", "gemma2"] {
+        let mut model = adapted_family(
+            family,
+            r#"{"kind": "smore", "targets": ["q_proj", "k_proj", "o_proj", "gate_proj",
+                "down_proj"], "init": "normal", "activation": "tanh",
+                "layers": [{"experts": 3, "fanout": 2, "rank": 1},
+                           {"experts": 3, "fanout": 2, "rank": 1}],
+                "gate": {"router_width": 3, "router_input_width": 4, "activation": "tanh"}}"#,
+        );
+        check(&mut model, None, 17);
     }
 }
 

@@ -108,6 +108,9 @@ fn recorded_logits_with_and_without_adapters() {
         ("llama_tied__dense_L2", Some("base_llama_tied")),
         ("llama_tied__noisy_L2", Some("base_llama_tied")),
         ("llama_tied__lora", Some("base_llama_tied")),
+        ("base_gemma2", None),
+        ("gemma2__switch_L2", Some("base_gemma2")),
+        ("gemma2__lora", Some("base_gemma2")),
     ] {
         let folder = ModelFolder::open(&e2e.join(adapter.unwrap_or(case))).unwrap();
         let (adapters, values) = if adapter.is_none() {

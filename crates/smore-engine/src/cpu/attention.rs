@@ -1,4 +1,5 @@
 //! Causal attention with grouped queries: online softmax forward, recomputing backward (Dao 2023).
+//! Scores may be soft-capped and a query's view limited to a window (Gemma 2).
 //!
 //! Scores exist for one block of queries and keys at a time, so memory grows with the length of a
 //! sequence, not with its square. What is saved is the output and one log-sum-exp per row.
@@ -7,6 +8,7 @@ use super::gemm::{Strided, StridedMut, gemm};
 use super::simd::{dot, simd};
 use crate::{AttentionShape, Float, Span};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Queries and keys of one block of scores.
 const BLOCK: usize = 64;
@@ -75,11 +77,13 @@ fn forward_head<T: Float>(
     let rows = block.lse.len() / heads;
     let q = &q[(span.q_start + first) * width + head * head_dim..];
     let hidden = span.k_len - span.q_len;
+    let soft_cap = shape.soft_cap.map(T::from_f64);
     let mut max = [T::from_f64(f64::NEG_INFINITY); BLOCK];
     let mut sum = [T::ZERO; BLOCK];
-    let last_key = hidden + first + rows;
-    for k_first in (0..last_key).step_by(BLOCK) {
-        let keys = BLOCK.min(last_key - k_first);
+    let blocks = key_blocks(shape, span, first, rows);
+    let start = blocks.start;
+    for k_first in blocks.clone().step_by(BLOCK) {
+        let keys = BLOCK.min(blocks.end - k_first);
         let kv_at = (span.k_start + k_first) * kv_width + kv_column;
         let s = &mut scores[..rows * keys];
         gemm(
@@ -91,21 +95,26 @@ fn forward_head<T: Float>(
             StridedMut::new(s, rows, keys),
         );
         for r in 0..rows {
-            let seen = (hidden + first + r + 1).saturating_sub(k_first).min(keys);
+            let seen = seen(shape, hidden + first + r, k_first, keys);
             let row = &mut s[r * keys..(r + 1) * keys];
             let out = &mut block.out[r * width + head * head_dim..][..head_dim];
             simd(|| {
-                let top = row[..seen].iter().fold(max[r], |m, &x| m.max_of(x));
-                let fade = (max[r] - top).exp();
+                if let Some(cap) = soft_cap {
+                    cap_scores(cap, &mut row[seen.clone()]);
+                }
+                let top = row[seen.clone()].iter().fold(max[r], |m, &x| m.max_of(x));
+                // Nothing seen yet: there is nothing to fade.
+                let fade = if sum[r] > T::ZERO { (max[r] - top).exp() } else { T::ZERO };
                 let mut total = T::ZERO;
-                for x in &mut row[..seen] {
+                for x in &mut row[seen.clone()] {
                     *x = (*x - top).exp();
                     total += *x;
                 }
-                row[seen..].fill(T::ZERO);
+                row[..seen.start].fill(T::ZERO);
+                row[seen.end..].fill(T::ZERO);
                 // The first block finds whatever the buffer held: it must not survive.
                 for o in out {
-                    *o = if k_first == 0 { T::ZERO } else { *o * fade };
+                    *o = if k_first == start { T::ZERO } else { *o * fade };
                 }
                 (max[r], sum[r]) = (top, sum[r] * fade + total);
             });
@@ -124,6 +133,28 @@ fn forward_head<T: Float>(
             *o /= sum[r];
         }
         block.lse[r * heads + head] = max[r] + sum[r].ln();
+    }
+}
+
+/// Keys that any of `rows` queries from `first` on sees, from the start of a block of keys.
+fn key_blocks(shape: &AttentionShape, span: Span, first: usize, rows: usize) -> Range<usize> {
+    let at = span.k_len - span.q_len + first;
+    let lowest = shape.window.map_or(0, |w| (at + 1).saturating_sub(w));
+    lowest / BLOCK * BLOCK..at + rows
+}
+
+/// Which of `keys` keys from `k_first` on the query at position `at` sees.
+#[inline(always)]
+fn seen(shape: &AttentionShape, at: usize, k_first: usize, keys: usize) -> Range<usize> {
+    let end = (at + 1).saturating_sub(k_first).min(keys);
+    let start = shape.window.map_or(0, |w| (at + 1).saturating_sub(w + k_first));
+    start.min(end)..end
+}
+
+#[inline(always)]
+fn cap_scores<T: Float>(cap: T, scores: &mut [T]) {
+    for s in scores {
+        *s = cap * (*s / cap).tanh();
     }
 }
 
@@ -207,9 +238,9 @@ fn backward_kv_head<T: Float>(
                 let at = ((span.q_start + first + r) * heads + head) * head_dim;
                 *delta = dot(&dout[at..at + head_dim], &saved.out[at..at + head_dim]);
             }
-            let last_key = span.k_len - span.q_len + first + rows;
-            for k_first in (0..last_key).step_by(BLOCK) {
-                let keys = BLOCK.min(last_key - k_first);
+            let blocks = key_blocks(shape, span, first, rows);
+            for k_first in blocks.clone().step_by(BLOCK) {
+                let keys = BLOCK.min(blocks.end - k_first);
                 let tile = Tile { shape, span, head, kv_head, first, rows, k_first, keys };
                 let (p, dp) = (&mut p[..rows * keys], &mut dp[..rows * keys]);
                 tile.scores(saved, dout, &delta, p, dp);
@@ -247,7 +278,7 @@ impl Tile<'_> {
         Strided::rows_apart(&x[at..], self.keys, self.shape.head_dim, width)
     }
 
-    /// p = exp(scores - lse); dscores = p (dout v^T - delta), left in `dp`.
+    /// p = exp(scores - lse); dscores = p (dout v^T - delta), times the cap's slope, left in `dp`.
     fn scores<T: Float>(
         &self,
         saved: &Saved<T>,
@@ -263,19 +294,31 @@ impl Tile<'_> {
         let (g, v) = (self.queries(dout), self.keys(saved.v));
         gemm(false, T::ONE, g, v.t(), T::ZERO, StridedMut::new(dp, rows, keys));
         let hidden = self.span.k_len - self.span.q_len;
+        let soft_cap = self.shape.soft_cap.map(T::from_f64);
         for r in 0..rows {
-            let seen = (hidden + self.first + r + 1).saturating_sub(self.k_first).min(keys);
+            let seen = seen(self.shape, hidden + self.first + r, self.k_first, keys);
             let lse =
                 saved.lse[(self.span.q_start + self.first + r) * self.shape.heads + self.head];
             let (p, dp) = (&mut p[r * keys..(r + 1) * keys], &mut dp[r * keys..(r + 1) * keys]);
             simd(|| {
-                for (p, dp) in p[..seen].iter_mut().zip(&mut dp[..seen]) {
-                    *p = (*p - lse).exp();
-                    *dp = *p * (*dp - delta[r]);
+                let (p, dp) = (&mut p[seen.clone()], &mut dp[seen.clone()]);
+                if let Some(cap) = soft_cap {
+                    for (p, dp) in p.iter_mut().zip(dp) {
+                        let t = (*p / cap).tanh();
+                        *p = (cap * t - lse).exp();
+                        *dp = *p * (*dp - delta[r]) * (T::ONE - t * t);
+                    }
+                } else {
+                    for (p, dp) in p.iter_mut().zip(dp) {
+                        *p = (*p - lse).exp();
+                        *dp = *p * (*dp - delta[r]);
+                    }
                 }
             });
-            p[seen..].fill(T::ZERO);
-            dp[seen..].fill(T::ZERO);
+            for x in [p, dp] {
+                x[..seen.start].fill(T::ZERO);
+                x[seen.end..].fill(T::ZERO);
+            }
         }
     }
 

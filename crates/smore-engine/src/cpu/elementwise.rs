@@ -5,46 +5,17 @@ use crate::Float;
 use rayon::prelude::*;
 
 /// Elements of one task; fixed, so that sums are grouped alike on every machine.
-const CHUNK: usize = 1 << 14;
+pub(super) const CHUNK: usize = 1 << 14;
 
-pub(super) fn swiglu<T: Float>(gate: &[T], up: &[T], y: &mut [T]) {
-    (y.par_chunks_mut(CHUNK), gate.par_chunks(CHUNK), up.par_chunks(CHUNK))
-        .into_par_iter()
-        .for_each(|(y, gate, up)| {
-            simd(|| {
-                for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
-                    *y = g * g.sigmoid() * u;
-                }
-            });
+/// x = cap tanh(x / cap)
+pub(super) fn soft_cap<T: Float>(cap: T, x: &mut [T]) {
+    x.par_chunks_mut(CHUNK).for_each(|x| {
+        simd(|| {
+            for x in x {
+                *x = cap * (*x / cap).tanh();
+            }
         });
-}
-
-/// With s = sigmoid(g): d silu(g) = s (1 + g (1 - s)).
-pub(super) fn swiglu_backward<T: Float>(
-    gate: &[T],
-    up: &[T],
-    dy: &[T],
-    dgate: &mut [T],
-    dup: &mut [T],
-) {
-    (
-        dgate.par_chunks_mut(CHUNK),
-        dup.par_chunks_mut(CHUNK),
-        gate.par_chunks(CHUNK),
-        up.par_chunks(CHUNK),
-        dy.par_chunks(CHUNK),
-    )
-        .into_par_iter()
-        .for_each(|(dgate, dup, gate, up, dy)| {
-            simd(|| {
-                let values = gate.iter().zip(up).zip(dy);
-                for ((dg, du), ((&g, &u), &dy)) in dgate.iter_mut().zip(dup).zip(values) {
-                    let s = g.sigmoid();
-                    *dg += dy * u * s * (T::ONE + g * (T::ONE - s));
-                    *du += dy * g * s;
-                }
-            });
-        });
+    });
 }
 
 pub(super) fn add<T: Float>(x: &[T], y: &mut [T]) {

@@ -15,6 +15,7 @@ pub(super) fn cross_entropy<T: Float>(
     h: &[T],
     targets: &[(u32, u32)],
     head: &MatrixRef<Cpu<T>>,
+    soft_cap: Option<f64>,
     scale: f64,
     mut dh: Option<&mut [T]>,
     mut dhead: Option<&mut [T]>,
@@ -35,7 +36,7 @@ pub(super) fn cross_entropy<T: Float>(
             logits
                 .par_chunks_exact_mut(vocabulary)
                 .zip(chunk)
-                .map(|(row, &(_, target))| softmax_nll(row, target as usize, wanted, scale)),
+                .map(|(row, &(_, target))| nll(row, target as usize, soft_cap, wanted, scale)),
         );
         if let Some(dh) = dh.as_deref_mut() {
             let mut dx = vec![T::ZERO; n * d];
@@ -54,6 +55,34 @@ pub(super) fn cross_entropy<T: Float>(
         }
     }
     losses
+}
+
+/// As [`softmax_nll`] of the capped row: c tanh(z / c), whose slope is 1 - tanh^2.
+fn nll<T: Float>(
+    row: &mut [T],
+    target: usize,
+    soft_cap: Option<f64>,
+    gradient: bool,
+    scale: f64,
+) -> f64 {
+    let Some(cap) = soft_cap.map(T::from_f64) else {
+        return softmax_nll(row, target, gradient, scale);
+    };
+    simd(|| {
+        for x in row.iter_mut() {
+            *x = cap * (*x / cap).tanh();
+        }
+    });
+    let slopes: Vec<T> = row.iter().map(|&x| T::ONE - (x / cap) * (x / cap)).collect();
+    let loss = softmax_nll(row, target, gradient, scale);
+    if gradient {
+        simd(|| {
+            for (x, &slope) in row.iter_mut().zip(&slopes) {
+                *x *= slope;
+            }
+        });
+    }
+    loss
 }
 
 /// -ln softmax(row)[target]; where `gradient`, the row becomes scale (softmax - onehot(target)).

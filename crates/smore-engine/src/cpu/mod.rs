@@ -6,6 +6,7 @@
 mod attention;
 mod elementwise;
 mod embedding;
+mod gated;
 mod gemm;
 mod linear;
 mod loss;
@@ -18,7 +19,8 @@ pub use gemm::{Strided, StridedMut, gemm};
 pub use simd::{dot, simd};
 
 use crate::{
-    AdamW, AttentionShape, Device, Float, HostMatrix, Mat, MatMut, MatrixRef, View, ViewMut,
+    AdamW, AttentionShape, Device, Float, GateActivation, HostMatrix, Mat, MatMut, MatrixRef,
+    RmsNorm, View, ViewMut,
 };
 use std::marker::PhantomData;
 
@@ -116,16 +118,16 @@ impl<T: Float> Device for Cpu<T> {
 
     fn rms_norm(
         &self,
+        norm: RmsNorm,
         x: View<Self>,
         gain: View<Self>,
-        eps: f64,
         y: ViewMut<Self>,
         inv_rms: ViewMut<Self>,
     ) {
         norm::forward(
+            norm,
             Self::slice(x),
             Self::slice(gain),
-            eps,
             Self::slice_mut(y),
             Self::slice_mut(inv_rms),
         );
@@ -133,6 +135,7 @@ impl<T: Float> Device for Cpu<T> {
 
     fn rms_norm_backward(
         &self,
+        norm: RmsNorm,
         x: View<Self>,
         gain: View<Self>,
         inv_rms: View<Self>,
@@ -141,6 +144,7 @@ impl<T: Float> Device for Cpu<T> {
         dgain: Option<ViewMut<Self>>,
     ) {
         norm::backward(
+            norm,
             Self::slice(x),
             Self::slice(gain),
             Self::slice(inv_rms),
@@ -210,19 +214,21 @@ impl<T: Float> Device for Cpu<T> {
         );
     }
 
-    fn swiglu(&self, gate: View<Self>, up: View<Self>, y: ViewMut<Self>) {
-        elementwise::swiglu(Self::slice(gate), Self::slice(up), Self::slice_mut(y));
+    fn gated(&self, act: GateActivation, gate: View<Self>, up: View<Self>, y: ViewMut<Self>) {
+        gated::forward(act, Self::slice(gate), Self::slice(up), Self::slice_mut(y));
     }
 
-    fn swiglu_backward(
+    fn gated_backward(
         &self,
+        act: GateActivation,
         gate: View<Self>,
         up: View<Self>,
         dy: View<Self>,
         dgate: ViewMut<Self>,
         dup: ViewMut<Self>,
     ) {
-        elementwise::swiglu_backward(
+        gated::backward(
+            act,
             Self::slice(gate),
             Self::slice(up),
             Self::slice(dy),
@@ -236,6 +242,7 @@ impl<T: Float> Device for Cpu<T> {
         h: View<Self>,
         targets: &[(u32, u32)],
         head: MatrixRef<Self>,
+        soft_cap: Option<f64>,
         scale: f64,
         dh: Option<ViewMut<Self>>,
         dhead: Option<ViewMut<Self>>,
@@ -244,10 +251,15 @@ impl<T: Float> Device for Cpu<T> {
             Self::slice(h),
             targets,
             &head,
+            soft_cap,
             scale,
             dh.map(Self::slice_mut),
             dhead.map(Self::slice_mut),
         )
+    }
+
+    fn soft_cap(&self, cap: f64, x: ViewMut<Self>) {
+        elementwise::soft_cap(T::from_f64(cap), Self::slice_mut(x));
     }
 
     fn add(&self, x: View<Self>, y: ViewMut<Self>) {

@@ -1,15 +1,22 @@
-//! RMS norm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * gain.
+//! RMS norm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * (offset + gain).
 
 use super::simd::{dot, simd};
-use crate::Float;
+use crate::{Float, RmsNorm};
 use rayon::prelude::*;
 
 const ROWS: usize = 16;
 
-pub(super) fn forward<T: Float>(x: &[T], gain: &[T], eps: f64, y: &mut [T], inv_rms: &mut [T]) {
+pub(super) fn forward<T: Float>(
+    norm: RmsNorm,
+    x: &[T],
+    gain: &[T],
+    y: &mut [T],
+    inv_rms: &mut [T],
+) {
     let d = gain.len();
     assert_eq!((x.len(), y.len()), (inv_rms.len() * d, inv_rms.len() * d), "norm shapes");
-    let (eps, width) = (T::from_f64(eps), T::from_f64(d as f64));
+    let (eps, width) = (T::from_f64(norm.eps), T::from_f64(d as f64));
+    let offset = T::from_f64(norm.offset);
     (y.par_chunks_mut(ROWS * d), inv_rms.par_chunks_mut(ROWS), x.par_chunks(ROWS * d))
         .into_par_iter()
         .for_each(|(y, inv_rms, x)| {
@@ -18,15 +25,17 @@ pub(super) fn forward<T: Float>(x: &[T], gain: &[T], eps: f64, y: &mut [T], inv_
                 for ((x, y), inv) in rows {
                     *inv = T::ONE / (dot(x, x) / width + eps).sqrt();
                     for ((y, &x), &g) in y.iter_mut().zip(x).zip(gain) {
-                        *y = x * *inv * g;
+                        *y = x * *inv * (offset + g);
                     }
                 }
             });
         });
 }
 
-/// With n = x * inv: dx += inv * (g dy - n * mean(g dy n)), dgain += sum over rows of dy n.
+/// With n = x * inv and g = offset + gain: dx += inv * (g dy - n * mean(g dy n)), dgain += sum over
+/// rows of dy n.
 pub(super) fn backward<T: Float>(
+    norm: RmsNorm,
     x: &[T],
     gain: &[T],
     inv_rms: &[T],
@@ -36,7 +45,7 @@ pub(super) fn backward<T: Float>(
 ) {
     let d = gain.len();
     assert_eq!((x.len(), dy.len(), dx.len()), (inv_rms.len() * d, x.len(), x.len()), "norm");
-    let width = T::from_f64(d as f64);
+    let (width, offset) = (T::from_f64(d as f64), T::from_f64(norm.offset));
     (
         dx.par_chunks_mut(ROWS * d),
         dy.par_chunks(ROWS * d),
@@ -50,11 +59,11 @@ pub(super) fn backward<T: Float>(
                 for ((dx, dy), (x, &inv)) in rows.zip(x.chunks_exact(d).zip(inv_rms)) {
                     let mut sum = T::ZERO;
                     for ((&dy, &g), &x) in dy.iter().zip(gain).zip(x) {
-                        sum += dy * g * x;
+                        sum += dy * (offset + g) * x;
                     }
                     let mean = sum * inv * inv / width;
                     for (((dx, &dy), &g), &x) in dx.iter_mut().zip(dy).zip(gain).zip(x) {
-                        *dx += inv * (g * dy - x * mean);
+                        *dx += inv * ((offset + g) * dy - x * mean);
                     }
                 }
             });

@@ -52,9 +52,10 @@ impl ModelFolder {
             return Err(Error::Model {
                 file: tensor.file.clone(),
                 message: format!(
-                    "tensor `{name}` has no place in a {}-block llama; is config.json of another \
+                    "tensor `{name}` has no place in a {}-block {}; is config.json of another \
                      model?",
-                    spec.blocks
+                    spec.blocks,
+                    spec.family.name()
                 ),
             });
         }

@@ -1,11 +1,15 @@
 //! The decoder: one forward pass for training, evaluation and generation, and its backward pass.
 //!
-//! [`spec`] says what a decoder is, [`folder`] opens one on disk, [`weights`] holds its tensors,
+//! [`spec`] says what a decoder is and [`family`] how the families differ, [`folder`] opens one on disk, [`weights`] holds its tensors,
 //! frozen or trained, [`block`] computes a transformer block both ways, and this module strings
 //! the blocks together.
 
+mod attention;
 pub mod block;
+pub mod family;
+mod ffn;
 pub mod folder;
+pub mod rope;
 pub mod spec;
 pub mod weights;
 
@@ -134,23 +138,25 @@ impl<D: AdapterKernels> Model<D> {
         View::new(&self.rope, self.context * self.spec.head_dim)
     }
 
-    /// Attention over whole sequences.
-    fn attention_shape(&self, batch: &Batch) -> AttentionShape {
+    /// Attention over whole sequences in block `b`.
+    fn attention_shape(&self, batch: &Batch, b: usize) -> AttentionShape {
         let spans = batch.sequences.iter().map(|&(start, len)| Span {
             q_start: start,
             q_len: len,
             k_start: start,
             k_len: len,
         });
-        self.shape_of(spans.collect())
+        self.shape_of(spans.collect(), b)
     }
 
-    fn shape_of(&self, spans: Vec<Span>) -> AttentionShape {
+    fn shape_of(&self, spans: Vec<Span>, b: usize) -> AttentionShape {
         AttentionShape {
             heads: self.spec.heads,
             kv_heads: self.spec.kv_heads,
             head_dim: self.spec.head_dim,
-            scale: 1.0 / (self.spec.head_dim as f64).sqrt(),
+            scale: self.spec.attention_scale,
+            soft_cap: self.spec.attention_soft_cap,
+            window: self.spec.windows[b],
             spans,
         }
     }
@@ -159,7 +165,16 @@ impl<D: AdapterKernels> Model<D> {
         let mut x = self.device.zeros(ids.len() * self.spec.hidden);
         let target = ViewMut::new(&mut x, ids.len() * self.spec.hidden);
         self.device.embedding(ids, self.weights.embed(self), target);
+        self.scale_embedding(&mut x);
         x
+    }
+
+    /// Forward on embeddings and backward on their slopes.
+    fn scale_embedding(&self, x: &mut D::Buf) {
+        if self.spec.embedding_scale != 1.0 {
+            let len = self.device.len(x);
+            self.device.scale(self.spec.embedding_scale, ViewMut::new(x, len));
+        }
     }
 
     /// The last block's output through the final norm, and the norm's inverse roots.
@@ -167,9 +182,9 @@ impl<D: AdapterKernels> Model<D> {
         let width = n * self.spec.hidden;
         let (mut h, mut inv) = (self.device.zeros(width), self.device.zeros(n));
         self.device.rms_norm(
+            self.spec.norm,
             View::new(x, width),
             self.weights.norm(self),
-            self.spec.rms_eps,
             ViewMut::new(&mut h, width),
             ViewMut::new(&mut inv, n),
         );
@@ -184,24 +199,26 @@ impl<D: AdapterKernels> Model<D> {
     /// -ln p of every target, without gradients.
     pub fn losses(&self, batch: &Batch) -> Vec<f64> {
         let n = batch.ids.len();
-        let shape = self.attention_shape(batch);
         let mut x = self.embed(&batch.ids);
         let mode = Mode { valid: None, noise: None };
         for b in 0..self.spec.blocks {
+            let shape = self.attention_shape(batch, b);
             self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
         }
         let (h, _) = self.final_norm(&x, n);
         let h = View::new(&h, n * self.spec.hidden);
-        self.device.cross_entropy(h, &batch.targets, self.weights.head(self), 1.0, None, None)
+        let (head, cap) = (self.weights.head(self), self.spec.logit_soft_cap);
+        self.device.cross_entropy(h, &batch.targets, head, cap, 1.0, None, None)
     }
 
     /// Routing of every adapted linear map over a batch, in the order of the adapters.
     pub fn routing(&self, batch: &Batch) -> Vec<Option<Routing<D::Elem>>> {
-        let shape = self.attention_shape(batch);
         let mut x = self.embed(&batch.ids);
         let mode = Mode { valid: None, noise: None };
-        let blocks = (0..self.spec.blocks)
-            .filter_map(|b| self.block_forward(b, &mut x, &shape, &batch.positions, mode, true));
+        let blocks = (0..self.spec.blocks).filter_map(|b| {
+            let shape = self.attention_shape(batch, b);
+            self.block_forward(b, &mut x, &shape, &batch.positions, mode, true)
+        });
         blocks.flat_map(BlockSaved::into_routing).collect()
     }
 
@@ -215,13 +232,12 @@ impl<D: AdapterKernels> Model<D> {
         grads: &mut D::Buf,
     ) -> StepOutput<D::Elem> {
         let (n, hidden) = (batch.ids.len(), self.spec.hidden);
-        let shape = self.attention_shape(batch);
         let mode = Mode { valid: None, noise };
         let lowest = self.lowest_trained();
         let mut x = self.embed(&batch.ids);
         let mut saved: Vec<BlockSaved<D>> = Vec::new();
         for b in 0..self.spec.blocks {
-            let keep = b >= lowest;
+            let (keep, shape) = (b >= lowest, self.attention_shape(batch, b));
             saved.extend(self.block_forward(b, &mut x, &shape, &batch.positions, mode, keep));
         }
         let (h, inv) = self.final_norm(&x, n);
@@ -231,12 +247,14 @@ impl<D: AdapterKernels> Model<D> {
             View::new(&h, n * hidden),
             &batch.targets,
             self.weights.head(self),
+            self.spec.logit_soft_cap,
             scales.loss,
             Some(ViewMut::new(&mut dh, n * hidden)),
             self.weights.head_grad(ViewMut::new(grads, total)),
         );
         let mut dx = self.device.zeros(n * hidden);
         self.device.rms_norm_backward(
+            self.spec.norm,
             View::new(&x, n * hidden),
             self.weights.norm(self),
             View::new(&inv, n),
@@ -248,6 +266,7 @@ impl<D: AdapterKernels> Model<D> {
         let mut routing = Vec::new();
         for b in (lowest..self.spec.blocks).rev() {
             if let Some(saved) = saved.pop() {
+                let shape = self.attention_shape(batch, b);
                 self.block_backward(
                     b,
                     &saved,
@@ -263,6 +282,7 @@ impl<D: AdapterKernels> Model<D> {
         }
         routing.reverse();
         if let Some(dembed) = self.weights.embed_grad(ViewMut::new(grads, total)) {
+            self.scale_embedding(&mut dx);
             self.device.embedding_backward(&batch.ids, View::new(&dx, n * hidden), dembed);
         }
         let balances = routing.iter().flatten().flat_map(|r: &Routing<_>| &r.balance_losses);
@@ -272,11 +292,11 @@ impl<D: AdapterKernels> Model<D> {
     /// Hidden states after the embedding and after every block, and the logits of every token.
     pub fn states_and_logits(&self, batch: &Batch) -> (Vec<Vec<D::Elem>>, Vec<D::Elem>) {
         let (n, width) = (batch.ids.len(), batch.ids.len() * self.spec.hidden);
-        let shape = self.attention_shape(batch);
         let mut x = self.embed(&batch.ids);
         let mut states = vec![self.device.download(View::new(&x, width))];
         let mode = Mode { valid: None, noise: None };
         for b in 0..self.spec.blocks {
+            let shape = self.attention_shape(batch, b);
             self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
             states.push(self.device.download(View::new(&x, width)));
         }
@@ -291,6 +311,9 @@ impl<D: AdapterKernels> Model<D> {
         let mut logits = self.device.zeros(len);
         let h = View::new(&h, n * self.spec.hidden);
         self.device.linear(h, self.weights.head(self), ViewMut::new(&mut logits, len), n, false);
+        if let Some(cap) = self.spec.logit_soft_cap {
+            self.device.soft_cap(cap, ViewMut::new(&mut logits, len));
+        }
         self.device.download(View::new(&logits, len))
     }
 
@@ -303,10 +326,10 @@ impl<D: AdapterKernels> Model<D> {
         assert!(n > 0 && start + n <= self.context, "sequence of {} tokens", start + n);
         let positions: Vec<u32> = (start as u32..(start + n) as u32).collect();
         let span = Span { q_start: 0, q_len: n, k_start: 0, k_len: start + n };
-        let shape = self.shape_of(vec![span]);
         let mut x = self.embed(ids);
         let mode = Mode { valid: None, noise: None };
         for b in 0..self.spec.blocks {
+            let shape = self.shape_of(vec![span], b);
             self.block_extend(b, &mut x, &shape, &positions, mode, cache);
         }
         cache.grow(n);

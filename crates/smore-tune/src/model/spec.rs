@@ -1,12 +1,18 @@
 //! A decoder described by numbers: what `config.json` says, validated.
 
+use super::family::Family;
+use super::rope::Rope;
 use crate::error::{Error, Result, nearest};
 use serde_json::Value;
+use smore_engine::{GateActivation, RmsNorm};
 use std::path::Path;
 
-/// The shape of a Llama-style decoder.
+/// A decoder of the Llama kind: what the families of [`super::family`] have in common, and by
+/// which numbers they differ.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DecoderSpec {
+    /// The family it belongs to.
+    pub family: Family,
     /// Width of the skip connection.
     pub hidden: usize,
     /// Width inside the FFN.
@@ -21,8 +27,6 @@ pub struct DecoderSpec {
     pub head_dim: usize,
     /// Tokens.
     pub vocabulary: usize,
-    /// Added to the mean square in RMS norms.
-    pub rms_eps: f64,
     /// Rotary positions.
     pub rope: Rope,
     /// The output head is the token table.
@@ -33,28 +37,49 @@ pub struct DecoderSpec {
     pub initializer_range: f64,
     /// Weights are written as bf16, else as f32.
     pub bf16: bool,
+    /// The numbers of every RMS norm.
+    pub norm: RmsNorm,
+    /// Attention and FFN have a norm behind them too, before they join the skip connection.
+    pub post_norms: bool,
+    /// Queries and keys have a norm, head by head.
+    pub query_key_norms: bool,
+    /// Which linear maps have a bias, in the order of [`Proj::ALL`].
+    pub biased: [bool; 7],
+    /// Activation of the FFN's gate.
+    pub activation: GateActivation,
+    /// Factor on token embeddings.
+    pub embedding_scale: f64,
+    /// Factor on attention scores.
+    pub attention_scale: f64,
+    /// Attention scores s become c tanh(s / c).
+    pub attention_soft_cap: Option<f64>,
+    /// Logits z become c tanh(z / c).
+    pub logit_soft_cap: Option<f64>,
+    /// For every block how many keys a query sees, where not all.
+    pub windows: Vec<Option<usize>>,
 }
 
-/// Rotary position settings.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Rope {
-    /// Base of the wavelengths.
-    pub theta: f64,
-    /// Llama 3.1's stretching of long wavelengths.
-    pub llama3: Option<Llama3Scaling>,
+/// One of a block's norms.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Norm {
+    /// Before attention.
+    Attention,
+    /// Behind attention.
+    PostAttention,
+    /// Before the FFN.
+    Ffn,
+    /// Behind the FFN.
+    PostFfn,
+    /// Of a head's queries.
+    Query,
+    /// Of a head's keys.
+    Key,
 }
 
-/// Llama 3.1's rotary scaling.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Llama3Scaling {
-    /// Long wavelengths are stretched by this factor.
-    pub factor: f64,
-    /// Wavelengths above original / this are long.
-    pub low_freq_factor: f64,
-    /// Wavelengths below original / this are short and stay.
-    pub high_freq_factor: f64,
-    /// Context the model was first trained with.
-    pub original_positions: f64,
+impl Norm {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Attention, Self::PostAttention, Self::Ffn, Self::PostFfn, Self::Query, Self::Key];
 }
 
 /// One of a block's seven linear maps.
@@ -129,8 +154,8 @@ impl DecoderSpec {
         Self::from_json(&json).map_err(|message| Error::Model { file: path.to_owned(), message })
     }
 
-    /// Reads sizes from the `config.json` of any decoder that names its sizes and linear maps as
-    /// Llama does (Mistral, Gemma, Qwen), whether or not we can compute it.
+    /// Reads a `config.json`, and where its family is not one we compute, at least its sizes, if
+    /// it names them and its linear maps as Llama does.
     ///
     /// # Errors
     /// A missing file or size.
@@ -140,6 +165,9 @@ impl DecoderSpec {
         let bad = |message: String| Error::Model { file: path.to_owned(), message };
         let mut json: Value =
             serde_json::from_str(&text).map_err(|e| bad(format!("not valid JSON: {e}")))?;
+        if let Ok(spec) = Self::from_json(&json) {
+            return Ok(spec);
+        }
         let Some(keys) = json.as_object_mut() else { return Err(bad("not a JSON object".into())) };
         let kind = keys.get("model_type").cloned().unwrap_or_default();
         // Everything that says how to compute; sizes stay.
@@ -155,21 +183,12 @@ impl DecoderSpec {
     /// # Errors
     /// Names the key, what was found and what is supported.
     pub fn from_json(json: &Value) -> std::result::Result<Self, String> {
-        let model_type = json["model_type"].as_str().unwrap_or("(none)");
-        if model_type != "llama" {
-            return Err(format!("model_type is `{model_type}`; only `llama` is supported"));
-        }
-        for key in ["attention_bias", "mlp_bias"] {
-            if json[key].as_bool() == Some(true) {
-                return Err(format!("{key} is true; Llama with biases is not supported"));
-            }
-        }
-        if let Some(act) = json["hidden_act"].as_str().filter(|&a| a != "silu") {
-            return Err(format!("hidden_act is `{act}`; expected `silu`"));
-        }
+        let family = Family::from_json(json)?;
         let (hidden, heads) = (size(json, "hidden_size")?, size(json, "num_attention_heads")?);
+        let blocks = size(json, "num_hidden_layers")?;
         let kv_heads = optional_size(json, "num_key_value_heads")?.unwrap_or(heads);
-        let head_dim = optional_size(json, "head_dim")?.unwrap_or(hidden / heads);
+        let head_dim = optional_size(json, "head_dim")?
+            .unwrap_or_else(|| family.default_head_dim().unwrap_or(hidden / heads));
         if !heads.is_multiple_of(kv_heads) {
             return Err(format!(
                 "num_attention_heads is {heads}, not a multiple of num_key_value_heads {kv_heads}"
@@ -179,20 +198,31 @@ impl DecoderSpec {
             return Err(format!("head_dim is {head_dim}; rotary positions need an even width"));
         }
         let dtype = json["dtype"].as_str().or(json["torch_dtype"].as_str());
+        let eps = json["rms_norm_eps"].as_f64().unwrap_or(1e-6);
         Ok(Self {
+            family,
             hidden,
             intermediate: size(json, "intermediate_size")?,
-            blocks: size(json, "num_hidden_layers")?,
+            blocks,
             heads,
             kv_heads,
             head_dim,
             vocabulary: size(json, "vocab_size")?,
-            rms_eps: json["rms_norm_eps"].as_f64().unwrap_or(1e-6),
             rope: Rope::from_json(json)?,
-            tied: json["tie_word_embeddings"].as_bool().unwrap_or(false),
+            tied: json["tie_word_embeddings"].as_bool().unwrap_or(family.tied_by_default()),
             max_positions: optional_size(json, "max_position_embeddings")?.unwrap_or(2048),
             initializer_range: json["initializer_range"].as_f64().unwrap_or(0.02),
             bf16: dtype == Some("bfloat16"),
+            norm: RmsNorm { eps, offset: family.norm_offset() },
+            post_norms: family.has_post_norms(),
+            query_key_norms: family.has_query_key_norms(),
+            biased: family.biased(json),
+            activation: family.activation(json)?,
+            embedding_scale: family.embedding_scale(hidden),
+            attention_scale: family.attention_scale(json, head_dim)?,
+            attention_soft_cap: family.soft_cap(json, "attn_logit_softcapping", 50.0)?,
+            logit_soft_cap: family.soft_cap(json, "final_logit_softcapping", 30.0)?,
+            windows: family.windows(json, blocks)?,
         })
     }
 
@@ -208,17 +238,39 @@ impl DecoderSpec {
         }
     }
 
+    /// A norm's width and its module path in block `block`; none where the family has no such norm.
+    pub fn norm_at(&self, block: usize, norm: Norm) -> Option<(usize, String)> {
+        let name = match norm {
+            Norm::Attention => "input_layernorm",
+            // Llama calls the norm before its FFN by the place behind attention.
+            Norm::Ffn if self.post_norms => "pre_feedforward_layernorm",
+            Norm::Ffn => "post_attention_layernorm",
+            Norm::PostAttention if self.post_norms => "post_attention_layernorm",
+            Norm::PostFfn if self.post_norms => "post_feedforward_layernorm",
+            Norm::Query if self.query_key_norms => "self_attn.q_norm",
+            Norm::Key if self.query_key_norms => "self_attn.k_norm",
+            _ => return None,
+        };
+        let width = match norm {
+            Norm::Query | Norm::Key => self.head_dim,
+            _ => self.hidden,
+        };
+        Some((width, format!("model.layers.{block}.{name}")))
+    }
+
     /// Name and shape of every tensor of the model, matrices as `[rows, cols]`.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut all =
             vec![("model.embed_tokens.weight".to_owned(), vec![self.vocabulary, self.hidden])];
         for b in 0..self.blocks {
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                all.push((format!("model.layers.{b}.{norm}.weight"), vec![self.hidden]));
-            }
+            let norms = Norm::ALL.into_iter().filter_map(|norm| self.norm_at(b, norm));
+            all.extend(norms.map(|(width, path)| (format!("{path}.weight"), vec![width])));
             for proj in Proj::ALL {
                 let (d_out, d_in) = self.shape(proj);
                 all.push((format!("{}.weight", proj.path(b)), vec![d_out, d_in]));
+                if self.biased[proj as usize] {
+                    all.push((format!("{}.bias", proj.path(b)), vec![d_out]));
+                }
             }
         }
         all.push(("model.norm.weight".to_owned(), vec![self.hidden]));
@@ -229,68 +281,8 @@ impl DecoderSpec {
     }
 }
 
-impl Rope {
-    fn from_json(json: &Value) -> std::result::Result<Self, String> {
-        // Newer configs keep everything in `rope_parameters`, older ones in two keys.
-        let new = &json["rope_parameters"];
-        let theta = new["rope_theta"].as_f64().or(json["rope_theta"].as_f64()).unwrap_or(10_000.0);
-        let scaling = if new.is_object() { new } else { &json["rope_scaling"] };
-        let kind = scaling["rope_type"].as_str().or(scaling["type"].as_str()).unwrap_or("default");
-        let number = |key: &str| {
-            scaling[key].as_f64().ok_or_else(|| format!("rope_scaling has no number `{key}`"))
-        };
-        let llama3 = match kind {
-            "default" => None,
-            "llama3" => Some(Llama3Scaling {
-                factor: number("factor")?,
-                low_freq_factor: number("low_freq_factor")?,
-                high_freq_factor: number("high_freq_factor")?,
-                original_positions: number("original_max_position_embeddings")?,
-            }),
-            other => {
-                return Err(format!("rope_type is `{other}`; expected `default` or `llama3`"));
-            }
-        };
-        Ok(Self { theta, llama3 })
-    }
-
-    /// Cosines and sines for positions 0..n: `[n, 2, head_dim / 2]`.
-    pub fn table(&self, n: usize, head_dim: usize) -> Vec<f64> {
-        let half = head_dim / 2;
-        let frequencies: Vec<f64> = (0..half)
-            .map(|i| self.theta.powf(-2.0 * i as f64 / head_dim as f64))
-            .map(|f| self.llama3.map_or(f, |s| s.stretch(f)))
-            // The model was trained with angles computed in f32.
-            .map(|f| f64::from(f as f32))
-            .collect();
-        let mut table = Vec::with_capacity(n * head_dim);
-        for position in 0..n {
-            let angles = frequencies.iter().map(|&f| f64::from(position as f32 * f as f32));
-            table.extend(angles.clone().map(f64::cos));
-            table.extend(angles.map(f64::sin));
-        }
-        table
-    }
-}
-
-impl Llama3Scaling {
-    /// Long wavelengths are stretched, short ones stay, those between are blended.
-    fn stretch(&self, frequency: f64) -> f64 {
-        let wavelength = std::f64::consts::TAU / frequency;
-        let ratio = self.original_positions / wavelength;
-        if ratio < self.low_freq_factor {
-            frequency / self.factor
-        } else if ratio > self.high_freq_factor {
-            frequency
-        } else {
-            let blend =
-                (ratio - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor);
-            (1.0 - blend) * frequency / self.factor + blend * frequency
-        }
-    }
-}
-
-fn optional_size(json: &Value, key: &str) -> std::result::Result<Option<usize>, String> {
+/// A positive whole number that may be absent or null.
+pub(super) fn optional_size(json: &Value, key: &str) -> std::result::Result<Option<usize>, String> {
     match &json[key] {
         Value::Null => Ok(None),
         value => match value.as_u64() {
@@ -325,8 +317,7 @@ mod tests {
     fn refuses_what_it_would_compute_wrongly() {
         for (key, value, word) in [
             ("model_type", json!("mamba"), "mamba"),
-            ("attention_bias", json!(true), "attention_bias"),
-            ("hidden_act", json!("gelu"), "gelu"),
+            ("hidden_act", json!("relu"), "relu"),
             ("rope_scaling", json!({"rope_type": "yarn"}), "yarn"),
             ("num_key_value_heads", json!(3), "multiple"),
             ("hidden_size", json!(-1), "hidden_size"),
@@ -343,10 +334,10 @@ mod tests {
     fn sizes_are_read_from_what_we_cannot_compute() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.json");
-        let mut gemma = minimal();
-        gemma["model_type"] = json!("gemma2");
-        gemma["hidden_act"] = json!("gelu_pytorch_tanh");
-        std::fs::write(&path, gemma.to_string()).unwrap();
+        let mut other = minimal();
+        other["model_type"] = json!("phi3");
+        other["hidden_act"] = json!("gelu");
+        std::fs::write(&path, other.to_string()).unwrap();
         assert!(DecoderSpec::read(&path).is_err());
         let spec = DecoderSpec::read_sizes(&path).unwrap();
         assert_eq!(spec.shape(Proj::Down), (8, 16));

@@ -2,7 +2,7 @@
 
 use super::Model;
 use super::folder::ModelFolder;
-use super::spec::{DecoderSpec, Proj};
+use super::spec::{DecoderSpec, Norm, Proj};
 use rand_distr::{Distribution, StandardNormal};
 use smore::kernel::AdapterKernels;
 use smore::rng::{Purpose, stream};
@@ -31,10 +31,12 @@ pub struct Weights<D: AdapterKernels> {
 }
 
 struct BlockWeights<D: AdapterKernels> {
-    attention_norm: Vector<D>,
-    ffn_norm: Vector<D>,
+    /// In the order of [`Norm::ALL`]; absent where the family has none.
+    norms: [Option<Vector<D>>; 6],
     /// In the order of [`Proj::ALL`].
-    maps: Vec<Matrix<D>>,
+    maps: [Matrix<D>; 7],
+    /// In the order of [`Proj::ALL`].
+    biases: [Option<Vector<D>>; 7],
 }
 
 /// Makes the decoder's matrices and vectors by name, wherever they live.
@@ -96,15 +98,19 @@ impl<D: AdapterKernels> Weights<D> {
         let (vocabulary, hidden) = (spec.vocabulary, spec.hidden);
         let blocks = (0..spec.blocks)
             .map(|b| {
-                let mut norm =
-                    |name: &str| source.vector(&format!("model.layers.{b}.{name}.weight"), hidden);
-                let attention_norm = norm("input_layernorm");
-                let ffn_norm = norm("post_attention_layernorm");
+                let norms = Norm::ALL.map(|norm| {
+                    let (width, path) = spec.norm_at(b, norm)?;
+                    Some(source.vector(&format!("{path}.weight"), width))
+                });
                 let maps = Proj::ALL.map(|proj| {
                     let (d_out, d_in) = spec.shape(proj);
                     source.matrix(&format!("{}.weight", proj.path(b)), d_out, d_in)
                 });
-                BlockWeights { attention_norm, ffn_norm, maps: maps.into() }
+                let biases = Proj::ALL.map(|proj| {
+                    let name = format!("{}.bias", proj.path(b));
+                    spec.biased[proj as usize].then(|| source.vector(&name, spec.shape(proj).0))
+                });
+                BlockWeights { norms, maps, biases }
             })
             .collect();
         Self {
@@ -136,9 +142,9 @@ impl<D: AdapterKernels> Weights<D> {
         &'a self,
         model: &'a Model<D>,
         block: usize,
-        ffn: bool,
-    ) -> View<'a, D> {
-        self.block_norm_at(block, ffn).get(model)
+        norm: Norm,
+    ) -> Option<View<'a, D>> {
+        self.blocks[block].norms[norm as usize].as_ref().map(|v| v.get(model))
     }
 
     pub(super) fn map<'a>(
@@ -150,9 +156,13 @@ impl<D: AdapterKernels> Weights<D> {
         self.blocks[block].maps[proj as usize].get(model)
     }
 
-    fn block_norm_at(&self, block: usize, ffn: bool) -> &Vector<D> {
-        let block = &self.blocks[block];
-        if ffn { &block.ffn_norm } else { &block.attention_norm }
+    pub(super) fn bias<'a>(
+        &'a self,
+        model: &'a Model<D>,
+        block: usize,
+        proj: Proj,
+    ) -> Option<View<'a, D>> {
+        self.blocks[block].biases[proj as usize].as_ref().map(|v| v.get(model))
     }
 
     pub(super) fn embed_grad<'a>(&self, grads: ViewMut<'a, D>) -> Option<ViewMut<'a, D>> {
@@ -171,9 +181,18 @@ impl<D: AdapterKernels> Weights<D> {
         &self,
         grads: ViewMut<'a, D>,
         block: usize,
-        ffn: bool,
+        norm: Norm,
     ) -> Option<ViewMut<'a, D>> {
-        self.block_norm_at(block, ffn).grad(grads)
+        self.blocks[block].norms[norm as usize].as_ref()?.grad(grads)
+    }
+
+    pub(super) fn bias_grad<'a>(
+        &self,
+        grads: ViewMut<'a, D>,
+        block: usize,
+        proj: Proj,
+    ) -> Option<ViewMut<'a, D>> {
+        self.blocks[block].biases[proj as usize].as_ref()?.grad(grads)
     }
 
     pub(super) fn map_grad<'a>(
@@ -241,14 +260,16 @@ pub fn read_all(folder: &ModelFolder) -> Vec<f32> {
     folder.spec.tensors().iter().flat_map(|(name, _)| to_f32(folder.tensor(name))).collect()
 }
 
-/// Weights drawn anew: matrices N(0, initializer_range), gains 1 (Hugging Face's rule).
+/// Weights drawn anew: matrices N(0, initializer_range), gains 1, biases 0 (Hugging Face's rule).
 pub fn from_scratch(spec: &DecoderSpec, seed: u64) -> Vec<f32> {
     let mut values = Vec::new();
-    for (i, (_, shape)) in spec.tensors().iter().enumerate() {
+    for (i, (name, shape)) in spec.tensors().iter().enumerate() {
         let len: usize = shape.iter().product();
         let mut rng = stream(seed, Purpose::BaseInit, 0, i as u64);
         if shape.len() == 1 {
-            values.extend(std::iter::repeat_n(1.0, len));
+            let gain = 1.0 - spec.norm.offset as f32;
+            let value = if name.ends_with(".bias") { 0.0 } else { gain };
+            values.extend(std::iter::repeat_n(value, len));
         } else {
             values.extend((0..len).map(|_| {
                 let normal: f64 = StandardNormal.sample(&mut rng);

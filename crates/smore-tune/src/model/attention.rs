@@ -1,0 +1,170 @@
+//! A block's attention, forward and backward.
+
+use super::block::{BlockSaved, Normed};
+use super::spec::{Norm, Proj};
+use super::{Model, Scales};
+use smore::adapter::{AnySaved, Mode};
+use smore::kernel::AdapterKernels;
+use smore_engine::{AttentionShape, View, ViewMut};
+use std::ops::Range;
+
+/// What attention's backward pass needs besides keys and values.
+pub(super) struct Attention<D: AdapterKernels> {
+    /// Inverse roots of the norm before it `[n]`.
+    inv: D::Buf,
+    /// Queries after norm and rotation `[n, heads * head_dim]`.
+    q: D::Buf,
+    /// Of the norms of queries and keys.
+    query_norm: Option<Normed<D>>,
+    key_norm: Option<Normed<D>>,
+    /// Output of attention `[n, heads * head_dim]` and its log-sum-exp `[n, heads]`.
+    attended: D::Buf,
+    lse: D::Buf,
+    /// Of the norm behind it.
+    behind: Option<Normed<D>>,
+    /// What the adapters on q, k, v and o saved.
+    pub(super) adapters: [Option<AnySaved<D>>; 4],
+}
+
+impl<D: AdapterKernels> Model<D> {
+    /// Attention onto the skip connection. New keys and values go to `rows` of `kv`; all rows up
+    /// to the last of them are attended to.
+    pub(super) fn attention(
+        &self,
+        b: usize,
+        x: &mut D::Buf,
+        shape: &AttentionShape,
+        positions: &[u32],
+        mode: Mode,
+        (k, v): (&mut D::Buf, &mut D::Buf),
+        rows: Range<usize>,
+    ) -> Attention<D> {
+        let n = positions.len();
+        let dim = self.spec.head_dim;
+        let (q_width, kv_width) = (self.spec.heads * dim, self.spec.kv_heads * dim);
+        let (normed, inv) = self.normed(b, Norm::Attention, x);
+        let h = self.view(&normed);
+        let mut q = self.device.zeros(n * q_width);
+        let new = rows.start * kv_width..rows.end * kv_width;
+        let (aq, query_norm) =
+            self.heads(b, (Proj::Q, Norm::Query), h, self.view_mut(&mut q), positions, mode);
+        let keys = self.view_mut(k).at(new.clone());
+        let (ak, key_norm) = self.heads(b, (Proj::K, Norm::Key), h, keys, positions, mode);
+        let av = self.apply(b, Proj::V, h, self.view_mut(v).at(new), mode, false);
+        let mut attended = self.device.zeros(n * q_width);
+        let mut lse = self.device.zeros(n * self.spec.heads);
+        let seen = 0..rows.end * kv_width;
+        self.device.attention(
+            shape,
+            self.view(&q),
+            self.view(k).at(seen.clone()),
+            self.view(v).at(seen),
+            self.view_mut(&mut attended),
+            self.view_mut(&mut lse),
+        );
+        let (ao, behind) = self.join(b, Norm::PostAttention, x, |y| {
+            self.apply(b, Proj::O, self.view(&attended), y, mode, true)
+        });
+        let adapters = [aq, ak, av, ao];
+        Attention { inv, q, query_norm, key_norm, attended, lse, behind, adapters }
+    }
+
+    /// Queries or keys: the map, the norm of each head where there is one, the rotation.
+    fn heads(
+        &self,
+        b: usize,
+        (proj, norm): (Proj, Norm),
+        h: View<D>,
+        mut y: ViewMut<D>,
+        positions: &[u32],
+        mode: Mode,
+    ) -> (Option<AnySaved<D>>, Option<Normed<D>>) {
+        let (saved, normed) = if self.spec.query_key_norms {
+            let mut input = self.device.zeros(y.len);
+            let saved = self.apply(b, proj, h, self.view_mut(&mut input), mode, false);
+            let inv = self.norm(b, norm, self.view(&input), y.rb());
+            (saved, inv.map(|inv| Normed { input, inv }))
+        } else {
+            (self.apply(b, proj, h, y.rb(), mode, false), None)
+        };
+        self.device.rotary(y, self.rope_view(), positions, self.spec.head_dim, false);
+        (saved, normed)
+    }
+
+    /// Turns slopes by rotated heads into slopes by their map's output, in place.
+    fn heads_backward(
+        &self,
+        b: usize,
+        norm: Norm,
+        saved: Option<&Normed<D>>,
+        dy: &mut D::Buf,
+        positions: &[u32],
+        grads: &mut D::Buf,
+    ) {
+        let (rope, dim) = (self.rope_view(), self.spec.head_dim);
+        self.device.rotary(self.view_mut(dy), rope, positions, dim, true);
+        if let Some(Normed { input, inv }) = saved {
+            let mut dinput = self.device.zeros(self.device.len(dy));
+            let (x, target) = (self.view(input), self.view_mut(&mut dinput));
+            self.norm_backward(b, norm, x, inv, self.view(dy), target, grads);
+            *dy = dinput;
+        }
+    }
+
+    /// The backward pass of [`Model::attention`] over whole sequences, in place on `dx`.
+    pub(super) fn attention_backward(
+        &self,
+        b: usize,
+        saved: &BlockSaved<D>,
+        dx: &mut D::Buf,
+        shape: &AttentionShape,
+        positions: &[u32],
+        mode: Mode,
+        scales: Scales,
+        grads: &mut D::Buf,
+    ) {
+        let BlockSaved { x, k, v, attention, .. } = saved;
+        let (q_width, kv_width) = (self.device.len(&attention.q), self.device.len(k));
+        let [aq, ak, av, ao] = &attention.adapters;
+        let mut dattended = self.device.zeros(q_width);
+        let dpart =
+            self.join_backward(b, Norm::PostAttention, attention.behind.as_ref(), dx, grads);
+        self.apply_backward(
+            b,
+            Proj::O,
+            self.view(&attention.attended),
+            self.view(dpart.as_ref().unwrap_or(dx)),
+            Some(ViewMut::new(&mut dattended, q_width)),
+            ao.as_ref(),
+            mode,
+            scales,
+            grads,
+        );
+        let mut dq = self.device.zeros(q_width);
+        let (mut dk, mut dv) = (self.device.zeros(kv_width), self.device.zeros(kv_width));
+        self.device.attention_backward(
+            shape,
+            self.view(&attention.q),
+            self.view(k),
+            self.view(v),
+            self.view(&attention.attended),
+            self.view(&attention.lse),
+            self.view(&dattended),
+            ViewMut::new(&mut dq, q_width),
+            ViewMut::new(&mut dk, kv_width),
+            ViewMut::new(&mut dv, kv_width),
+        );
+        let (query_norm, key_norm) = (attention.query_norm.as_ref(), attention.key_norm.as_ref());
+        self.heads_backward(b, Norm::Query, query_norm, &mut dq, positions, grads);
+        self.heads_backward(b, Norm::Key, key_norm, &mut dk, positions, grads);
+        let (normed, _) = self.normed(b, Norm::Attention, x);
+        let mut dnormed = self.device.zeros(self.device.len(dx));
+        for (proj, dy, saved) in [(Proj::Q, &dq, aq), (Proj::K, &dk, ak), (Proj::V, &dv, av)] {
+            let target = Some(self.view_mut(&mut dnormed));
+            let (x, dy) = (self.view(&normed), self.view(dy));
+            self.apply_backward(b, proj, x, dy, target, saved.as_ref(), mode, scales, grads);
+        }
+        let (x, dy) = (self.view(x), self.view(&dnormed));
+        self.norm_backward(b, Norm::Attention, x, &attention.inv, dy, self.view_mut(dx), grads);
+    }
+}
