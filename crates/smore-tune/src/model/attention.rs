@@ -79,7 +79,7 @@ impl<D: AdapterKernels> Model<D> {
         positions: &[u32],
         mode: Mode,
     ) -> (Option<AnySaved<D>>, Option<Normed<D>>) {
-        let (saved, normed) = if self.spec.query_key_norms {
+        let (saved, normed) = if self.spec.family.has_query_key_norms() {
             let mut input = self.device.zeros(y.len);
             let saved = self.apply(b, proj, h, self.view_mut(&mut input), mode, false);
             let inv = self.norm(b, norm, self.view(&input), y.rb());

@@ -75,10 +75,13 @@ impl Family {
         if self == Self::Gemma2 { 1.0 } else { 0.0 }
     }
 
+    /// True where attention and FFN have a norm behind them too, before they join the skip
+    /// connection.
     pub(super) fn has_post_norms(self) -> bool {
         self == Self::Gemma2
     }
 
+    /// True where queries and keys have a norm, head by head.
     pub(super) fn has_query_key_norms(self) -> bool {
         self == Self::Qwen3
     }
@@ -241,7 +244,7 @@ mod tests {
         assert_eq!((gemma.attention_soft_cap, gemma.logit_soft_cap), (Some(50.0), Some(30.0)));
         assert_eq!((gemma.embedding_scale, gemma.attention_scale), (4.0, 1.0 / 16.0));
         assert_eq!((gemma.norm.offset, gemma.activation), (1.0, GateActivation::GeluTanh));
-        assert!(gemma.tied && gemma.post_norms);
+        assert!(gemma.tied && gemma.family.has_post_norms());
         let set = spec(json!({"model_type": "gemma2", "attn_logit_softcapping": null,
             "final_logit_softcapping": 8.0, "query_pre_attn_scalar": 64}))
         .unwrap();

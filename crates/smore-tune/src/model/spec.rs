@@ -39,10 +39,6 @@ pub struct DecoderSpec {
     pub bf16: bool,
     /// The numbers of every RMS norm.
     pub norm: RmsNorm,
-    /// Attention and FFN have a norm behind them too, before they join the skip connection.
-    pub post_norms: bool,
-    /// Queries and keys have a norm, head by head.
-    pub query_key_norms: bool,
     /// Which linear maps have a bias, in the order of [`Proj::ALL`].
     pub biased: [bool; 7],
     /// Activation of the FFN's gate.
@@ -214,8 +210,6 @@ impl DecoderSpec {
             initializer_range: json["initializer_range"].as_f64().unwrap_or(0.02),
             bf16: dtype == Some("bfloat16"),
             norm: RmsNorm { eps, offset: family.norm_offset() },
-            post_norms: family.has_post_norms(),
-            query_key_norms: family.has_query_key_norms(),
             biased: family.biased(json),
             activation: family.activation(json)?,
             embedding_scale: family.embedding_scale(hidden),
@@ -240,15 +234,17 @@ impl DecoderSpec {
 
     /// A norm's width and its module path in block `block`; none where the family has no such norm.
     pub fn norm_at(&self, block: usize, norm: Norm) -> Option<(usize, String)> {
+        let (post_norms, head_norms) =
+            (self.family.has_post_norms(), self.family.has_query_key_norms());
         let name = match norm {
             Norm::Attention => "input_layernorm",
             // Llama calls the norm before its FFN by the place behind attention.
-            Norm::Ffn if self.post_norms => "pre_feedforward_layernorm",
+            Norm::Ffn if post_norms => "pre_feedforward_layernorm",
             Norm::Ffn => "post_attention_layernorm",
-            Norm::PostAttention if self.post_norms => "post_attention_layernorm",
-            Norm::PostFfn if self.post_norms => "post_feedforward_layernorm",
-            Norm::Query if self.query_key_norms => "self_attn.q_norm",
-            Norm::Key if self.query_key_norms => "self_attn.k_norm",
+            Norm::PostAttention if post_norms => "post_attention_layernorm",
+            Norm::PostFfn if post_norms => "post_feedforward_layernorm",
+            Norm::Query if head_norms => "self_attn.q_norm",
+            Norm::Key if head_norms => "self_attn.k_norm",
             _ => return None,
         };
         let width = match norm {
