@@ -11,10 +11,12 @@ use smore::config::{GateKind, LayerConfig, SmoreConfig};
 use smore::counting::flexibility::Choice;
 use smore::counting::{AuthorStats, Parameters, lora_rank_for};
 use smore::spec::SmoreSpec;
+use smore::targets::Targets;
 use smore_tune::checkpoint::read_adapter_config;
 use smore_tune::config::{AdapterConfig, RunConfig};
 use smore_tune::error::Error;
 use smore_tune::model::spec::{DecoderSpec, Proj};
+use smore_tune::targets::{Unknown, resolve};
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
@@ -113,19 +115,17 @@ impl Subject {
         Error::Config { file: self.file.clone(), message }
     }
 
-    /// The linear maps of a block that `targets` name, in the model's order.
-    fn projs(&self, targets: &[String]) -> Result<Vec<Proj>, Error> {
-        let mut projs = targets
-            .iter()
-            .map(|t| Proj::parse(t))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|message| self.error(message))?;
-        projs.sort();
-        projs.dedup();
-        if projs.is_empty() {
-            return Err(self.error("adapter.targets is empty; name at least one".into()));
-        }
-        Ok(projs)
+    /// The linear maps that `targets` choose, in the model's order, and in how many blocks.
+    fn targets(&self, targets: &Targets, base: Option<&Base>) -> Result<Vec<Target>, Error> {
+        // Without a model, one of more blocks than any name or pattern is likely to single out.
+        let blocks = base.map_or(512, |b| b.spec.blocks);
+        let stored = self.router_widths.is_some();
+        let unknown = if stored { Unknown::Pass } else { Unknown::Refuse };
+        let maps = resolve(targets, blocks, unknown)
+            .map_err(|message| self.error(format!("adapter.{message}")))?;
+        let blocks = |proj| maps.iter().filter(|(_, p)| *p == proj).count();
+        let all = Proj::ALL.map(|proj| Target { proj, blocks: blocks(proj) });
+        Ok(all.into_iter().filter(|t| t.blocks > 0).collect())
     }
 }
 
@@ -211,15 +211,21 @@ impl Base {
     }
 }
 
+/// A linear map and the number of blocks in which it is adapted.
+#[derive(Clone, Copy)]
+struct Target {
+    proj: Proj,
+    blocks: usize,
+}
+
 /// S'MoRE on the maps of a model, or on none.
 struct Smore<'a> {
     config: &'a SmoreConfig,
-    targets: Vec<Proj>,
+    targets: Vec<Target>,
     /// One spec for what does not depend on the map.
     shape: SmoreSpec,
     /// One for each target, where there is a model.
     maps: Vec<SmoreSpec>,
-    blocks: usize,
 }
 
 impl<'a> Smore<'a> {
@@ -231,12 +237,12 @@ impl<'a> Smore<'a> {
             };
             spec.map_err(|e| subject.error(format!("adapter.{e}")))
         };
-        let targets = subject.projs(&config.targets)?;
+        let targets = subject.targets(&config.targets, base)?;
         let maps = base.map_or(Ok(vec![]), |base| {
-            targets.iter().map(|&proj| spec(base.widths(proj))).collect::<Result<Vec<_>, _>>()
+            targets.iter().map(|t| spec(base.widths(t.proj))).collect::<Result<Vec<_>, _>>()
         })?;
         let shape = maps.first().map_or_else(|| spec((1, 1)), |first| Ok(first.clone()))?;
-        Ok(Self { config, targets, shape, maps, blocks: base.map_or(0, |b| b.spec.blocks) })
+        Ok(Self { config, targets, shape, maps })
     }
 
     /// Adds up over all maps and blocks.
@@ -244,7 +250,7 @@ impl<'a> Smore<'a> {
     where
         T: std::iter::Sum + std::ops::Mul<usize, Output = T>,
     {
-        self.maps.iter().map(of).sum::<T>() * self.blocks
+        self.maps.iter().zip(&self.targets).map(|(m, t)| of(m) * t.blocks).sum()
     }
 
     fn author_stats(&self, spec: &SmoreSpec) -> AuthorStats {
@@ -261,11 +267,13 @@ impl<'a> Smore<'a> {
 
     /// LoRA of rank d_L and LoRA of as many parameters: rank and parameters on all maps.
     fn loras(&self) -> [(usize, usize); 2] {
-        let shapes: Vec<_> = self.maps.iter().map(|m| (m.d_in, m.d_out)).collect();
-        let budget: usize = self.maps.iter().map(|m| Parameters::of(m).total()).sum();
+        let maps = self.maps.iter().zip(&self.targets);
+        let shapes: Vec<_> =
+            maps.flat_map(|(m, t)| std::iter::repeat_n((m.d_in, m.d_out), t.blocks)).collect();
+        let budget = self.total(|m| Parameters::of(m).total());
         let per_rank: usize = shapes.iter().map(|(d_in, d_out)| d_in + d_out).sum();
         let ranks = [self.shape.root_width(), lora_rank_for(budget, &shapes)];
-        ranks.map(|rank| (rank, rank * per_rank * self.blocks))
+        ranks.map(|rank| (rank, rank * per_rank))
     }
 
     /// s and f of the layers as a tree has them.

@@ -108,7 +108,7 @@ pub struct LoadedAdapter {
 /// A missing, extra or misshaped tensor, or a setting we do not know: names file, tensor or key.
 pub fn load_adapter(path: &Path, spec: &DecoderSpec) -> Result<LoadedAdapter> {
     let (config, widths) = read_adapter_config(path)?;
-    let adapters = Adapters::with_router_widths(&config, &widths, spec)
+    let adapters = Adapters::stored(&config, &widths, spec)
         .map_err(|message| Error::Adapter { file: path.join("adapter_config.json"), message })?;
     let values = read_values(&path.join("adapter_model.safetensors"), &config, &adapters)?;
     Ok(LoadedAdapter { config, adapters, values })

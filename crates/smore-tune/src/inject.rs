@@ -3,7 +3,9 @@
 use crate::config::AdapterConfig;
 use crate::error::Error;
 use crate::model::spec::{DecoderSpec, Proj};
+use crate::targets::{self, Unknown};
 use smore::adapter::{Adapter, AnyAdapter, Lora, NoiseKey, Smore};
+use smore::config::{LoraConfig, SmoreConfig};
 use smore::rng::{Purpose, stream};
 use smore::spec::{LoraSpec, SmoreSpec};
 use std::ops::Range;
@@ -53,54 +55,58 @@ impl Adapters {
         Self { slots: Vec::new(), index: vec![[None; 7]; spec.blocks] }
     }
 
-    /// Puts the configured adapter on every target of every block.
+    /// Puts the configured adapter on every map that its targets choose.
     ///
     /// # Errors
     /// A message naming the key that does not fit the model.
     pub fn new(config: &AdapterConfig, spec: &DecoderSpec) -> std::result::Result<Self, String> {
-        let widths = match config {
-            AdapterConfig::Smore(c) => vec![c.gate.router_width; c.layers.len()],
-            AdapterConfig::Lora(_) | AdapterConfig::Full(_) => vec![],
-        };
-        Self::with_router_widths(config, &widths, spec)
+        Self::build(config, None, spec).map_err(|e| format!("adapter.{e}"))
     }
 
-    /// As [`Adapters::new`], with a router width for every layer of S'MoRE.
+    /// As [`Adapters::new`] for the settings of an adapter's file: with a router width for every
+    /// layer of S'MoRE, and with targets that may name modules of other models too.
     ///
     /// # Errors
     /// A message naming the key that does not fit the model.
-    pub fn with_router_widths(
+    pub fn stored(
         config: &AdapterConfig,
         router_widths: &[usize],
         spec: &DecoderSpec,
     ) -> std::result::Result<Self, String> {
+        Self::build(config, Some(router_widths), spec)
+    }
+
+    fn build(
+        config: &AdapterConfig,
+        stored_widths: Option<&[usize]>,
+        spec: &DecoderSpec,
+    ) -> std::result::Result<Self, String> {
+        let mut adapters = Self::none(spec);
         let targets = match config {
             AdapterConfig::Smore(c) => &c.targets,
             AdapterConfig::Lora(c) => &c.targets,
-            AdapterConfig::Full(_) => return Ok(Self::none(spec)),
+            AdapterConfig::Full(_) => return Ok(adapters),
         };
-        let mut projs =
-            targets.iter().map(|t| Proj::parse(t)).collect::<std::result::Result<Vec<_>, _>>()?;
-        projs.sort();
-        projs.dedup();
-        if projs.is_empty() {
-            return Err("adapter.targets is empty; name at least one, such as gate_proj".into());
-        }
-        let mut adapters = Self::none(spec);
-        let mut next = 0;
-        for block in 0..spec.blocks {
-            for &proj in &projs {
-                let (d_out, d_in) = spec.shape(proj);
-                let adapter = build(config, router_widths, d_in, d_out)
-                    .map_err(|e| format!("adapter.{e}"))?;
-                let len = adapter.len();
-                let place = adapters.slots.len();
-                adapters.index[block][proj as usize] = Some(place);
-                adapters.slots.push(Slot { block, proj, adapter, range: next..next + len, place });
-                next += len;
-            }
+        let unknown = if stored_widths.is_some() { Unknown::Pass } else { Unknown::Refuse };
+        for (block, proj) in targets::resolve(targets, spec.blocks, unknown)? {
+            let (d_out, d_in) = spec.shape(proj);
+            let adapter = match config {
+                AdapterConfig::Smore(c) => AnyAdapter::Smore(smore(c, stored_widths, d_in, d_out)?),
+                AdapterConfig::Lora(c) => {
+                    AnyAdapter::Lora(lora(c, &proj.path(block), d_in, d_out)?)
+                }
+                AdapterConfig::Full(_) => unreachable!("has no targets"),
+            };
+            adapters.put(block, proj, adapter);
         }
         Ok(adapters)
+    }
+
+    fn put(&mut self, block: usize, proj: Proj, adapter: AnyAdapter) {
+        let (place, start) = (self.slots.len(), self.len());
+        let range = start..start + adapter.len();
+        self.index[block][proj as usize] = Some(place);
+        self.slots.push(Slot { block, proj, adapter, range, place });
     }
 
     /// The adapter on a map, if there is one.
@@ -134,26 +140,37 @@ impl Adapters {
     }
 }
 
-fn build(
-    config: &AdapterConfig,
-    router_widths: &[usize],
+fn smore(
+    config: &SmoreConfig,
+    stored_widths: Option<&[usize]>,
     d_in: usize,
     d_out: usize,
-) -> smore::Result<AnyAdapter> {
-    match config {
-        AdapterConfig::Smore(c) => {
-            // The checks of `new` are for configs, where every layer has one router width.
-            let uniform = router_widths.iter().all(|&w| w == c.gate.router_width);
-            let spec = if uniform {
-                SmoreSpec::new(c, d_in, d_out)?
-            } else {
-                SmoreSpec::with_router_widths(c, router_widths, d_in, d_out)?
-            };
-            Ok(AnyAdapter::Smore(Smore::new(spec)))
+) -> std::result::Result<Smore, String> {
+    let spec = match stored_widths {
+        // What a file holds can be run though it might not be trained.
+        Some(widths) if widths.iter().any(|&w| w != config.gate.router_width) => {
+            SmoreSpec::with_router_widths(config, widths, d_in, d_out)
         }
-        AdapterConfig::Lora(c) => Ok(AnyAdapter::Lora(Lora::new(LoraSpec::new(c, d_in, d_out)?))),
-        AdapterConfig::Full(_) => Err(smore::Error::Config("kind full has no adapters".into())),
+        _ => SmoreSpec::new(config, d_in, d_out),
+    };
+    spec.map(Smore::new).map_err(|e| e.to_string())
+}
+
+/// A LoRA with the rank and alpha of the module at `path`.
+fn lora(
+    config: &LoraConfig,
+    path: &str,
+    d_in: usize,
+    d_out: usize,
+) -> std::result::Result<Lora, String> {
+    let mut own = config.clone();
+    if let Some(rank) = targets::pattern_value(&config.rank_pattern, path)? {
+        own.rank = rank;
     }
+    if let Some(alpha) = targets::pattern_value(&config.alpha_pattern, path)? {
+        own.alpha = Some(alpha);
+    }
+    LoraSpec::new(&own, d_in, d_out).map(Lora::new).map_err(|e| e.to_string())
 }
 
 /// The message of [`Adapters::new`] as an error of the config `file`.

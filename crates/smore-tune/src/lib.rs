@@ -15,6 +15,7 @@ pub mod run_folder;
 pub mod run_report;
 pub mod schedule;
 pub mod sft;
+pub mod targets;
 pub mod template;
 pub mod tokenizer;
 pub mod verify;

@@ -3,15 +3,17 @@
 //! Nothing here is checked beyond its type; [`crate::spec`] validates it once and derives every
 //! number that follows from it.
 
+use crate::targets::Targets;
+use indexmap::IndexMap;
 use serde::{Deserialize, Serialize};
 
 /// A S'MoRE adapter (`kind: smore`).
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SmoreConfig {
-    /// Names of the linear maps to adapt, in every transformer block.
-    #[serde(default = "default_targets")]
-    pub targets: Vec<String>,
+    /// The linear maps to adapt.
+    #[serde(default)]
+    pub targets: Targets,
     /// One record per S'MoRE layer, leaves first.
     pub layers: Vec<LayerConfig>,
     /// How children are chosen.
@@ -211,19 +213,41 @@ pub enum Init {
 }
 
 /// A plain LoRA (`kind: lora`): y += (alpha / rank) B A x.
+///
+/// The patterns are matched by who knows the module paths; see `smore_tune::targets`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Names of the linear maps to adapt, in every transformer block.
-    #[serde(default = "default_targets")]
-    pub targets: Vec<String>,
+    /// The linear maps to adapt.
+    #[serde(default)]
+    pub targets: Targets,
     /// Rank of both factors.
     pub rank: usize,
     /// Scale numerator; twice the rank where absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alpha: Option<f64>,
+    /// Scale by alpha / sqrt(rank) instead of alpha / rank (rsLoRA, Kalajdzievski 2023).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rslora: bool,
+    /// Other ranks for some modules: a pattern for the end of a module's path, and the rank. The
+    /// first pattern that fits decides.
+    #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
+    pub rank_pattern: IndexMap<String, usize>,
+    /// Other values of alpha for some modules, as in `rank_pattern`.
+    #[serde(default, skip_serializing_if = "IndexMap::is_empty")]
+    pub alpha_pattern: IndexMap<String, f64>,
 }
 
-fn default_targets() -> Vec<String> {
-    ["gate_proj", "up_proj", "down_proj"].map(String::from).to_vec()
+impl LoraConfig {
+    /// A LoRA of one rank on the FFN.
+    pub fn new(rank: usize) -> Self {
+        Self {
+            targets: Targets::default(),
+            rank,
+            alpha: None,
+            rslora: false,
+            rank_pattern: IndexMap::new(),
+            alpha_pattern: IndexMap::new(),
+        }
+    }
 }

@@ -26,6 +26,7 @@ pub mod reference;
 pub mod rng;
 pub mod router;
 pub mod spec;
+pub mod targets;
 pub mod tree;
 
 mod activation;

@@ -412,12 +412,12 @@ pub struct LoraSpec {
     pub d_out: usize,
     /// Rank of both factors.
     pub rank: usize,
-    /// alpha / rank
+    /// alpha / rank, or alpha / sqrt(rank)
     pub scale: f64,
 }
 
 impl LoraSpec {
-    /// Validates a config for a linear map `[d_out, d_in]`.
+    /// Validates a config for a linear map `[d_out, d_in]`; its patterns are not looked at.
     ///
     /// # Errors
     /// Names the key, its value and what was expected.
@@ -432,6 +432,8 @@ impl LoraSpec {
         if !(alpha.is_finite() && alpha > 0.0) {
             return Err(Error::config(format!("alpha is {alpha}; expected a positive number")));
         }
-        Ok(Self { d_in, d_out, rank: config.rank, scale: alpha / config.rank as f64 })
+        let rank = config.rank as f64;
+        let scale = alpha / if config.rslora { rank.sqrt() } else { rank };
+        Ok(Self { d_in, d_out, rank: config.rank, scale })
     }
 }

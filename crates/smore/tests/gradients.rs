@@ -155,7 +155,7 @@ fn gradients_accumulate() {
 
 #[test]
 fn lora() {
-    let config = LoraConfig { targets: vec![], rank: 3, alpha: Some(4.5) };
+    let config = LoraConfig { alpha: Some(4.5), ..LoraConfig::new(3) };
     let lora = Lora::new(LoraSpec::new(&config, D_IN, D_OUT).unwrap());
     let (device, n) = (Cpu::<f64>::new(), 6);
     let mode = Mode { valid: None, noise: None };

@@ -9,6 +9,7 @@ use smore::config::{
 };
 use smore::layout::SmoreLayout;
 use smore::spec::SmoreSpec;
+use smore::targets::Targets;
 
 /// The config's error, from its types or from its meaning.
 fn refused(json: &str) -> String {
@@ -271,7 +272,7 @@ fn any_config() -> impl Strategy<Value = SmoreConfig> {
     let structure = select(vec![Structure::Tree, Structure::MultiOrder, Structure::Flat]);
     (layers, gate, activation(), structure, any::<bool>()).prop_map(
         |(layers, gate, activation, structure, shared_pool)| SmoreConfig {
-            targets: vec![],
+            targets: Targets::default(),
             layers,
             gate,
             activation,

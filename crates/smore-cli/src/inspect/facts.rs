@@ -1,6 +1,7 @@
 //! What is known about an adapter, as JSON.
 
 use super::Smore;
+use super::Target;
 use serde_json::{Map, Value, json};
 use smore::counting::flexibility::{self, Choice, Flexibility};
 use smore::counting::{
@@ -8,7 +9,6 @@ use smore::counting::{
     parameters_above_lora, propagation_overhead,
 };
 use smore::spec::SmoreSpec;
-use smore_tune::model::spec::Proj;
 
 impl Smore<'_> {
     pub(super) fn facts(&self) -> Map<String, Value> {
@@ -19,7 +19,7 @@ impl Smore<'_> {
                 "layers": (0..self.shape.depth()).map(|l| self.layer_facts(l)).collect::<Vec<_>>(),
             },
             "flexibility": self.flexibility_facts(),
-            "targets": self.targets.iter().map(|t| t.name()).collect::<Vec<_>>(),
+            "targets": self.targets.iter().map(|t| t.proj.name()).collect::<Vec<_>>(),
             "maps": self.targets.iter().zip(&self.maps)
                 .map(|(t, m)| self.map_facts(*t, m)).collect::<Vec<_>>(),
             "total": (!self.maps.is_empty()).then(|| self.total_facts()),
@@ -66,12 +66,12 @@ impl Smore<'_> {
         facts
     }
 
-    fn map_facts(&self, target: Proj, spec: &SmoreSpec) -> Value {
+    fn map_facts(&self, target: Target, spec: &SmoreSpec) -> Value {
         json!({
-            "target": target.name(),
+            "target": target.proj.name(),
             "d_in": spec.d_in,
             "d_out": spec.d_out,
-            "blocks": self.blocks,
+            "blocks": target.blocks,
             "router_inputs": spec.layers.iter().map(|l| l.router_input).collect::<Vec<_>>(),
             "parameters": parameter_facts(Parameters::of(spec)),
             "active_parameters": active_parameters(spec),

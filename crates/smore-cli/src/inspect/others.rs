@@ -1,20 +1,23 @@
 //! Plain LoRA, and training without an adapter.
 
-use super::{Base, Subject};
+use super::{Base, Subject, Target};
 use crate::table::{self, count};
 use serde_json::{Map, Value, json};
+use smore::adapter::AnyAdapter;
 use smore::config::LoraConfig;
 use smore::counting::lora_parameters;
 use smore::spec::LoraSpec;
+use smore_tune::config::AdapterConfig;
 use smore_tune::error::Error;
+use smore_tune::inject::Adapters;
 use smore_tune::model::spec::Proj;
 
 /// LoRA on the maps of a model, or on none.
 pub(super) struct Lora {
     rank: usize,
-    targets: Vec<Proj>,
-    maps: Vec<LoraSpec>,
-    blocks: usize,
+    targets: Vec<Target>,
+    /// Maps that are alike, and in how many blocks; ranks may differ from block to block.
+    maps: Vec<(Proj, LoraSpec, usize)>,
 }
 
 impl Lora {
@@ -23,26 +26,36 @@ impl Lora {
         config: &LoraConfig,
         base: Option<&Base>,
     ) -> Result<Self, Error> {
-        let targets = subject.projs(&config.targets)?;
-        let spec = |(d_in, d_out)| {
-            LoraSpec::new(config, d_in, d_out).map_err(|e| subject.error(format!("adapter.{e}")))
-        };
-        let LoraSpec { rank, .. } = spec((1, 1))?;
-        let maps = base.map_or(Ok(vec![]), |base| {
-            targets.iter().map(|&proj| spec(base.widths(proj))).collect::<Result<Vec<_>, _>>()
-        })?;
-        Ok(Self { rank, targets, maps, blocks: base.map_or(0, |b| b.spec.blocks) })
+        let wrong = |e: smore::Error| subject.error(format!("adapter.{e}"));
+        let LoraSpec { rank, .. } = LoraSpec::new(config, 1, 1).map_err(wrong)?;
+        let targets = subject.targets(&config.targets, base)?;
+        let mut maps: Vec<(Proj, LoraSpec, usize)> = Vec::new();
+        if let Some(base) = base {
+            let adapters = Adapters::stored(&AdapterConfig::Lora(config.clone()), &[], &base.spec)
+                .map_err(|message| subject.error(format!("adapter.{message}")))?;
+            for slot in &adapters.slots {
+                let AnyAdapter::Lora(lora) = &slot.adapter else { continue };
+                let alike =
+                    maps.iter_mut().find(|(p, spec, _)| (*p, *spec) == (slot.proj, lora.spec));
+                match alike {
+                    Some((.., blocks)) => *blocks += 1,
+                    None => maps.push((slot.proj, lora.spec, 1)),
+                }
+            }
+            maps.sort_by_key(|(proj, ..)| *proj);
+        }
+        Ok(Self { rank, targets, maps })
     }
 
     fn parameters(&self) -> usize {
-        self.maps.iter().map(lora_parameters).sum::<usize>() * self.blocks
+        self.maps.iter().map(|(_, spec, blocks)| lora_parameters(spec) * blocks).sum()
     }
 
     pub(super) fn facts(&self) -> Map<String, Value> {
-        let map = |(target, spec): (&Proj, &LoraSpec)| {
+        let map = |(target, spec, blocks): &(Proj, LoraSpec, usize)| {
             json!({
                 "target": target.name(), "d_in": spec.d_in, "d_out": spec.d_out,
-                "blocks": self.blocks,
+                "blocks": blocks, "rank": spec.rank, "scale": spec.scale,
                 "parameters": {"total": lora_parameters(spec)},
             })
         };
@@ -53,32 +66,38 @@ impl Lora {
         });
         let facts = json!({
             "structure": {"rank": self.rank},
-            "targets": self.targets.iter().map(|t| t.name()).collect::<Vec<_>>(),
-            "maps": self.targets.iter().zip(&self.maps).map(map).collect::<Vec<_>>(),
+            "targets": self.targets.iter().map(|t| t.proj.name()).collect::<Vec<_>>(),
+            "maps": self.maps.iter().map(map).collect::<Vec<_>>(),
             "total": total,
         });
         facts.as_object().cloned().unwrap_or_default()
     }
 
     pub(super) fn print(&self) {
-        let names: Vec<_> = self.targets.iter().map(|t| t.name()).collect();
-        println!("LoRA of rank {} on {} of every block", self.rank, names.join(", "));
+        let names: Vec<_> = self.targets.iter().map(|t| t.proj.name()).collect();
+        println!("LoRA of rank {} on {}", self.rank, names.join(", "));
         if self.maps.is_empty() {
             return;
         }
-        let row = |(target, spec): (&Proj, &LoraSpec)| {
+        let row = |(target, spec, blocks): &(Proj, LoraSpec, usize)| {
             let one = lora_parameters(spec);
             vec![
                 target.name().into(),
                 format!("{} \u{2192} {}", count(spec.d_in), count(spec.d_out)),
+                count(spec.rank),
+                count(*blocks),
                 count(one),
-                count(one * self.blocks),
+                count(one * blocks),
             ]
         };
-        let mut rows: Vec<_> = self.targets.iter().zip(&self.maps).map(row).collect();
-        rows.push(vec!["all".into(), String::new(), String::new(), count(self.parameters())]);
+        let mut rows: Vec<_> = self.maps.iter().map(row).collect();
+        let empty = std::iter::repeat_n(String::new(), 4);
+        rows.push(
+            std::iter::once("all".into()).chain(empty).chain([count(self.parameters())]).collect(),
+        );
         println!();
-        table::print(&["on", "width", "parameters", "in all blocks"], &rows);
+        let header = ["on", "width", "rank", "blocks", "parameters", "in all blocks"];
+        table::print(&header, &rows);
     }
 }
 

@@ -30,8 +30,8 @@ impl Smore<'_> {
             self.print_parameters(base);
             self.print_cost();
         } else {
-            let names: Vec<_> = self.targets.iter().map(|t| t.name()).collect();
-            println!("\n  on {} of every block", names.join(", "));
+            let names: Vec<_> = self.targets.iter().map(|t| t.proj.name()).collect();
+            println!("\n  on {}", names.join(", "));
         }
     }
 
@@ -104,11 +104,11 @@ impl Smore<'_> {
         for (target, spec) in self.targets.iter().zip(&self.maps) {
             let (one, compute) = (Parameters::of(spec).total(), Multiplications::of(spec));
             rows.push(vec![
-                target.name().into(),
+                target.proj.name().into(),
                 format!("{} \u{2192} {}", count(spec.d_in), count(spec.d_out)),
-                count(self.blocks),
+                count(target.blocks),
                 count(one),
-                count(one * self.blocks),
+                count(one * target.blocks),
                 count(compute.total()),
                 format!("+{:.1}%", 100.0 * parameter_overhead(spec)),
                 format!("+{:.1}%", 100.0 * propagation_overhead(spec)),

@@ -1,29 +1,34 @@
 //! `adapter_config.json`, both ways.
 
 use crate::config::AdapterConfig;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use smore::config::{
     Activation, GateConfig, LayerConfig, LoraConfig, RouterArchitecture, SmoreConfig, Structure,
 };
+use smore::targets::Targets;
 use std::path::Path;
 
 type Reading<T> = std::result::Result<T, String>;
 
 /// The file's text: keys sorted, two spaces, as PEFT writes it.
 pub(super) fn to_json(config: &AdapterConfig, base: &Path) -> String {
-    let mut keys = match config {
-        AdapterConfig::Smore(c) => smore_keys(c),
-        AdapterConfig::Lora(c) => lora_keys(c),
-        AdapterConfig::Full(_) => json!({}),
+    let none = Targets::default();
+    let (mut keys, targets) = match config {
+        AdapterConfig::Smore(c) => (smore_keys(c), &c.targets),
+        AdapterConfig::Lora(c) => (lora_keys(c), &c.targets),
+        AdapterConfig::Full(_) => (json!({}), &none),
     };
     let common = json!({
         "auto_mapping": null,
         "base_model_name_or_path": base.to_string_lossy(),
         "bias": "none",
+        "exclude_modules": targets.exclude,
         "inference_mode": true,
-        "layers_to_transform": null,
+        "layers_to_transform": targets.blocks,
         "modules_to_save": null,
         "revision": null,
+        "target_modules": targets.modules,
         "task_type": "CAUSAL_LM",
     });
     if let (Some(keys), Value::Object(common)) = (keys.as_object_mut(), common) {
@@ -35,7 +40,7 @@ pub(super) fn to_json(config: &AdapterConfig, base: &Path) -> String {
 
 fn lora_keys(c: &LoraConfig) -> Value {
     json!({
-        "alpha_pattern": {},
+        "alpha_pattern": c.alpha_pattern,
         "fan_in_fan_out": false,
         "init_lora_weights": true,
         "layer_replication": null,
@@ -46,10 +51,9 @@ fn lora_keys(c: &LoraConfig) -> Value {
         "megatron_core": "megatron.core",
         "peft_type": "LORA",
         "r": c.rank,
-        "rank_pattern": {},
-        "target_modules": c.targets,
+        "rank_pattern": c.rank_pattern,
         "use_dora": false,
-        "use_rslora": false,
+        "use_rslora": c.rslora,
     })
 }
 
@@ -68,7 +72,6 @@ fn smore_keys(c: &SmoreConfig) -> Value {
         "activation_position": c.activation_position,
         "balance_loss_weight": c.gate.balance_weight,
         "dim_downproj_x": c.gate.router_input_width,
-        "exclude_modules": null,
         "expert_act_fn": c.activation,
         "expert_dims": each(|l| l.rank),
         "gate_act_fn": c.gate.activation,
@@ -86,7 +89,6 @@ fn smore_keys(c: &SmoreConfig) -> Value {
         "num_active": each(|l| l.fanout),
         "num_experts": each(|l| l.experts),
         "peft_type": "HIER_MOE",
-        "target_modules": c.targets,
     });
     // What the authors' code cannot express is written only where it is used.
     if c.structure != Structure::Tree {
@@ -122,7 +124,7 @@ fn optional<T: serde::de::DeserializeOwned>(
     keys: &Map<String, Value>,
     key: &str,
 ) -> Reading<Option<T>> {
-    if keys.contains_key(key) { read(keys, key).map(Some) } else { Ok(None) }
+    if keys.get(key).is_none_or(Value::is_null) { Ok(None) } else { read(keys, key).map(Some) }
 }
 
 /// Refuses settings that would change the function and that we do not compute.
@@ -142,15 +144,37 @@ fn refuse(keys: &Map<String, Value>, unsupported: &[&str]) -> Reading<()> {
     Ok(())
 }
 
-fn targets(keys: &Map<String, Value>) -> Reading<Vec<String>> {
-    match keys.get("target_modules") {
-        Some(Value::String(s)) if s == "all-linear" => {
-            Ok(crate::model::spec::Proj::ALL.map(|p| p.name().to_owned()).to_vec())
+/// The modules that PEFT would wrap.
+fn targets(keys: &Map<String, Value>) -> Reading<Targets> {
+    let pattern: Option<OneOrMany<String>> = optional(keys, "layers_pattern")?;
+    let patterns = pattern.map_or(vec![], OneOrMany::into_vec);
+    if !patterns.iter().all(|p| p == "layers") {
+        return Err(format!(
+            "layers_pattern is {patterns:?}; the blocks of a decoder are `layers`"
+        ));
+    }
+    let blocks: Option<OneOrMany<usize>> = optional(keys, "layers_to_transform")?;
+    Ok(Targets {
+        modules: read(keys, "target_modules")?,
+        exclude: optional(keys, "exclude_modules")?,
+        blocks: blocks.map(OneOrMany::into_vec),
+    })
+}
+
+/// A value, or a list of them.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    fn into_vec(self) -> Vec<T> {
+        match self {
+            Self::One(x) => vec![x],
+            Self::Many(x) => x,
         }
-        Some(Value::String(s)) => {
-            Err(format!("target_modules is the pattern `{s}`; expected a list of names"))
-        }
-        _ => read(keys, "target_modules"),
     }
 }
 
@@ -159,22 +183,28 @@ fn lora(keys: &Map<String, Value>) -> Reading<LoraConfig> {
         keys,
         &[
             "use_dora",
-            "use_rslora",
-            "rank_pattern",
-            "alpha_pattern",
             "modules_to_save",
-            "layers_to_transform",
             "layer_replication",
             "fan_in_fan_out",
             "bias",
+            "lora_bias",
+            "trainable_token_indices",
+            "target_parameters",
+            "alora_invocation_tokens",
         ],
     )?;
-    let alpha = read(keys, "lora_alpha")?;
-    Ok(LoraConfig { targets: targets(keys)?, rank: read(keys, "r")?, alpha: Some(alpha) })
+    Ok(LoraConfig {
+        targets: targets(keys)?,
+        rank: read(keys, "r")?,
+        alpha: Some(read(keys, "lora_alpha")?),
+        rslora: optional(keys, "use_rslora")?.unwrap_or(false),
+        rank_pattern: optional(keys, "rank_pattern")?.unwrap_or_default(),
+        alpha_pattern: optional(keys, "alpha_pattern")?.unwrap_or_default(),
+    })
 }
 
 fn hier_moe(keys: &Map<String, Value>) -> Reading<(SmoreConfig, Vec<usize>)> {
-    refuse(keys, &["modules_to_save", "layers_to_transform", "bias"])?;
+    refuse(keys, &["modules_to_save", "bias"])?;
     let list = |key: &str| read::<Vec<usize>>(keys, key);
     let (experts, fanouts, ranks) =
         (list("num_experts")?, list("num_active")?, list("expert_dims")?);

@@ -24,6 +24,7 @@ use crate::tokenizer::Tokenizer;
 use serde::Serialize;
 use smore::config::{GateConfig, LayerConfig, LoraConfig, SmoreConfig};
 use smore::counting::lora_rank_for;
+use smore::targets::Targets;
 use smore_engine::Cpu;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -106,8 +107,7 @@ pub fn compare(
     let spec = DecoderSpec::read(&desk.base.join("config.json"))?;
     let budget = Adapters::new(&smore_config, &spec).map_err(Error::Run)?.len();
     let rank = lora_rank_for(budget, &adapted_maps(&spec));
-    let targets = crate::demo::targets();
-    let lora_config = AdapterConfig::Lora(LoraConfig { targets, rank, alpha: None });
+    let lora_config = AdapterConfig::Lora(LoraConfig::new(rank));
     let (lora, lora_metrics, _) = desk.adapted_side("lora", lora_config, watch)?;
     let (smore, smore_metrics, model) = desk.adapted_side("smore", smore_config, watch)?;
     let samples: Vec<&Sample> = desk.samples.iter().collect();
@@ -125,7 +125,7 @@ pub fn compare(
 fn smore_config() -> SmoreConfig {
     let layer = LayerConfig { experts: 4, fanout: 2, rank: 4, lora_alpha: None };
     SmoreConfig {
-        targets: crate::demo::targets(),
+        targets: Targets::default(),
         layers: vec![layer, layer],
         gate: GateConfig { router_width: 16, router_input_width: 16, ..GateConfig::default() },
         activation: smore::config::Activation::Tanh,

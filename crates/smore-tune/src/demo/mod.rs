@@ -17,11 +17,6 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-/// The linear maps that the demo adapts in every block.
-fn targets() -> Vec<String> {
-    ["gate_proj", "up_proj", "down_proj"].map(String::from).to_vec()
-}
-
 /// Vocabulary of the demo's base.
 pub const VOCAB_SIZE: usize = 512;
 

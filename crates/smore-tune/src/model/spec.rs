@@ -2,7 +2,7 @@
 
 use super::family::Family;
 use super::rope::Rope;
-use crate::error::{Error, Result, nearest};
+use crate::error::{Error, Result};
 use serde_json::Value;
 use smore_engine::{GateActivation, RmsNorm};
 use std::path::Path;
@@ -119,19 +119,6 @@ impl Proj {
     pub fn path(self, block: usize) -> String {
         let part = if self < Self::Gate { "self_attn" } else { "mlp" };
         format!("model.layers.{block}.{part}.{}", self.name())
-    }
-
-    /// The map of this name.
-    ///
-    /// # Errors
-    /// A message naming the nearest known one.
-    pub fn parse(name: &str) -> std::result::Result<Self, String> {
-        Self::ALL.into_iter().find(|p| p.name() == name).ok_or_else(|| {
-            let known = Self::ALL.map(Self::name);
-            let hint =
-                nearest(name, known).map_or_else(String::new, |n| format!("; did you mean `{n}`?"));
-            format!("adapter.targets names `{name}`; expected some of {}{hint}", known.join(", "))
-        })
     }
 }
 

@@ -10,6 +10,7 @@ use smore::config::{
     SmoreConfig, Structure,
 };
 use smore::spec::SmoreSpec;
+use smore::targets::Targets;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -226,7 +227,7 @@ impl Arguments {
             ..unsaid
         };
         let config = SmoreConfig {
-            targets: vec![],
+            targets: Targets::default(),
             layers,
             gate,
             activation: self.expert_act_fn,
