@@ -90,20 +90,33 @@ impl SmoreSpec {
     /// # Errors
     /// Names the key, its value, what was expected and what to do.
     pub fn new(config: &SmoreConfig, d_in: usize, d_out: usize) -> Result<Self> {
-        if config.gate.kind == GateKind::NoisyTopk {
-            for (l, layer) in config.layers.iter().enumerate() {
-                if layer.fanout == layer.experts {
-                    return Err(Error::config(format!(
-                        "layers[{l}].fanout is {} and so is layers[{l}].experts; the noisy_topk \
-                         gate needs an expert left over to set its threshold: lower fanout, or \
-                         use gate.kind switch or dense",
-                        layer.fanout
-                    )));
-                }
-            }
-        }
         let widths = vec![config.gate.router_width; config.layers.len()];
-        Self::with_router_widths(config, &widths, d_in, d_out)
+        let spec = Self::with_router_widths(config, &widths, d_in, d_out)?;
+        spec.check_threshold(config)?;
+        Ok(spec)
+    }
+
+    /// The noisy gate's threshold is the best score that was not chosen.
+    fn check_threshold(&self, config: &SmoreConfig) -> Result<()> {
+        let noisy = self.gate.kind == GateKind::NoisyTopk;
+        let mut layers = self.layers.iter().zip(&config.layers).enumerate();
+        let Some((l, (layer, written))) = layers.find(|(_, (l, _))| noisy && l.fanout == l.experts)
+        else {
+            return Ok(());
+        };
+        let chosen = if written.fanout == layer.fanout {
+            format!("layers[{l}].fanout is {} and so is layers[{l}].experts", layer.fanout)
+        } else {
+            format!(
+                "structure is multi_order, where layers[{l}].fanout {} and those above it make a \
+                 token choose all {} of layers[{l}].experts",
+                written.fanout, layer.experts
+            )
+        };
+        Err(Error::config(format!(
+            "{chosen}; the noisy_topk gate needs an expert left over to set its threshold: lower \
+             fanout, or use gate.kind switch or dense"
+        )))
     }
 
     /// As [`SmoreSpec::new`], with a router width for every layer, and allowing what can be run
