@@ -1,10 +1,14 @@
 //! A validated adapter with every number that follows from what the user wrote.
 
 use crate::config::{
-    Activation, ActivationPosition, GateConfig, GateKind, Init, LayerConfig, LoraConfig,
-    RouterArchitecture, SmoreConfig, Structure,
+    Activation, ActivationPosition, GateConfig, GateKind, Init, LayerConfig, RouterArchitecture,
+    SmoreConfig, Structure,
 };
 use crate::{Error, Result};
+
+mod baselines;
+
+pub use baselines::{HydraLoraSpec, LoraSpec, MixLoraSpec};
 
 /// Layers above this make trees no machine holds.
 const MAX_LAYERS: usize = 16;
@@ -414,37 +418,4 @@ fn derive_layers(
         }
     }
     Ok(layers)
-}
-
-/// LoRA on one linear map `[d_out, d_in]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LoraSpec {
-    /// Inputs of the adapted linear map.
-    pub d_in: usize,
-    /// Outputs of the adapted linear map.
-    pub d_out: usize,
-    /// Rank of both factors.
-    pub rank: usize,
-    /// alpha / rank
-    pub scale: f64,
-}
-
-impl LoraSpec {
-    /// Validates a config for a linear map `[d_out, d_in]`.
-    ///
-    /// # Errors
-    /// Names the key, its value and what was expected.
-    pub fn new(config: &LoraConfig, d_in: usize, d_out: usize) -> Result<Self> {
-        if config.rank == 0 || config.rank > MAX_EXPERTS {
-            return Err(Error::config(format!(
-                "rank is {}; expected 1 to {MAX_EXPERTS}",
-                config.rank
-            )));
-        }
-        let alpha = config.alpha.unwrap_or(2.0 * config.rank as f64);
-        if !(alpha.is_finite() && alpha > 0.0) {
-            return Err(Error::config(format!("alpha is {alpha}; expected a positive number")));
-        }
-        Ok(Self { d_in, d_out, rank: config.rank, scale: alpha / config.rank as f64 })
-    }
 }

@@ -38,6 +38,7 @@ impl<D: AdapterKernels> BlockSaved<D> {
         let routing = |saved| match saved {
             AnySaved::Smore(s) => Some(s.routing),
             AnySaved::Lora(_) => None,
+            AnySaved::HydraLora(s) => Some(s.routing),
         };
         self.adapters.into_iter().flatten().map(routing).collect()
     }

@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
 pub(crate) mod case;
+pub(crate) mod slopes;
 pub(crate) mod table;
 
 /// Numbers in (-1, 1), none near 0, that look random.
