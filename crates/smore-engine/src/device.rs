@@ -171,6 +171,16 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     fn sum_rows(&self, y: View<Self>, sum: ViewMut<Self>);
     /// Sum of squares in f64, in an order that does not depend on the number of threads.
     fn sum_squares(&self, x: View<Self>) -> f64;
+    /// x_i *= weights_i, row by row.
+    ///
+    /// # Shapes
+    /// weights `[n]`, x `[n, d]`
+    fn scale_rows(&self, weights: View<Self>, x: ViewMut<Self>);
+    /// Adds x_i . y_i to dots_i, row by row: the slope by weights_i of [`Device::scale_rows`].
+    ///
+    /// # Shapes
+    /// x, y `[n, d]`, dots `[n]`
+    fn row_dots(&self, x: View<Self>, y: View<Self>, dots: ViewMut<Self>);
     /// x *= factor
     fn scale(&self, factor: f64, x: ViewMut<Self>);
 

@@ -251,3 +251,45 @@ impl LoraConfig {
         }
     }
 }
+
+/// HydraLoRA (`kind: hydra_lora`): y += (alpha / rank) sum_i softmax(R x)_i B_i A x.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HydraLoraConfig {
+    /// The linear maps to adapt.
+    #[serde(default)]
+    pub targets: Targets,
+    /// Up factors B_i that share one A.
+    pub heads: usize,
+    /// Rank of all factors.
+    pub rank: usize,
+    /// Scale numerator; twice the rank where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+}
+
+/// MixLoRA (`kind: mix_lora`): experts that are whole FFNs, the base's with LoRAs of their own,
+/// behind one gate.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MixLoraConfig {
+    /// The linear maps to adapt: those of the FFN get a LoRA per expert, others a plain LoRA.
+    #[serde(default)]
+    pub targets: Targets,
+    /// Experts of every FFN.
+    pub experts: usize,
+    /// Experts that act on a token (top-k).
+    pub fanout: usize,
+    /// Rank of every LoRA.
+    pub rank: usize,
+    /// Scale numerator; twice the rank where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alpha: Option<f64>,
+    /// Weight w of the balance loss.
+    #[serde(default = "default_balance_weight")]
+    pub balance_weight: f64,
+}
+
+fn default_balance_weight() -> f64 {
+    GateConfig::default().balance_weight
+}

@@ -36,8 +36,8 @@ pub use parameters::{
     Parameters, active_parameters, paper_parameters, parameter_overhead, parameters_above_lora,
 };
 
-use crate::layout::{LoraLayout, SmoreLayout};
-use crate::spec::{LoraSpec, SmoreSpec};
+use crate::layout::{HydraLoraLayout, LoraLayout, MixLoraLayout, SmoreLayout};
+use crate::spec::{HydraLoraSpec, LoraSpec, MixLoraSpec, SmoreSpec};
 
 /// Trainable parameters of S'MoRE on one linear map, biases and router included.
 pub fn smore_parameters(spec: &SmoreSpec) -> usize {
@@ -47,6 +47,16 @@ pub fn smore_parameters(spec: &SmoreSpec) -> usize {
 /// Trainable parameters of LoRA on one linear map.
 pub fn lora_parameters(spec: &LoraSpec) -> usize {
     LoraLayout::new(spec).len
+}
+
+/// Trainable parameters of HydraLoRA on one linear map, route included.
+pub fn hydra_lora_parameters(spec: &HydraLoraSpec) -> usize {
+    HydraLoraLayout::new(spec).len
+}
+
+/// Trainable parameters of MixLoRA in one FFN, router included.
+pub fn mix_lora_parameters(spec: &MixLoraSpec) -> usize {
+    MixLoraLayout::new(spec).len
 }
 
 /// Trainable parameters of the LoRA of rank d_L, to which the paper compares (Sec. 3.2); also its

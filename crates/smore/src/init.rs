@@ -1,7 +1,7 @@
 //! Starting values (spec section 4).
 
 use crate::config::{Activation, Init, RouterArchitecture};
-use crate::layout::{LoraLayout, Param, SmoreLayout};
+use crate::layout::{HydraLoraLayout, LoraLayout, MixLoraLayout, Param, SmoreLayout};
 use crate::spec::SmoreSpec;
 use rand::{Rng, RngExt};
 use rand_distr::{Distribution, StandardNormal};
@@ -74,10 +74,7 @@ fn fill_router(
                 values.fill_with(|| rng.random());
             }
             RouterArchitecture::Linear => {
-                for v in values {
-                    let normal: f32 = StandardNormal.sample(rng);
-                    *v = 0.02 * normal;
-                }
+                small_normal(values, rng);
             }
         }
     } else if param.name.ends_with("mlp.1.weight") {
@@ -109,10 +106,42 @@ fn uniform(values: &mut [f32], fan_in: usize, rng: &mut impl Rng) {
     }
 }
 
+/// N(0, 0.02)
+fn small_normal(values: &mut [f32], rng: &mut impl Rng) {
+    for v in values {
+        let normal: f32 = StandardNormal.sample(rng);
+        *v = 0.02 * normal;
+    }
+}
+
 /// Starting values of a LoRA: A as in S'MoRE, B zero (PEFT's default).
 pub fn lora(layout: &LoraLayout, rng: &mut impl Rng) -> Vec<f32> {
     let mut values = vec![0.0; layout.len];
     let a = &layout.params[0];
     uniform(&mut values[a.range()], a.shape[1], rng);
+    values
+}
+
+/// Starting values of a HydraLoRA: A and the route as PyTorch's `Linear`, which is S'MoRE's rule for
+/// A; every B zero.
+pub fn hydra_lora(layout: &HydraLoraLayout, rng: &mut impl Rng) -> Vec<f32> {
+    let mut values = vec![0.0; layout.len];
+    for param in layout.params.iter().filter(|p| p.range().end <= layout.up) {
+        uniform(&mut values[param.range()], param.shape[1], rng);
+    }
+    values
+}
+
+/// Starting values of a MixLoRA: every expert as a LoRA, the router N(0, 0.02).
+pub fn mix_lora(layout: &MixLoraLayout, rng: &mut impl Rng) -> Vec<f32> {
+    let mut values = vec![0.0; layout.len];
+    for param in &layout.params {
+        let values = &mut values[param.range()];
+        if param.name.ends_with("lora_A.weight") {
+            uniform(values, param.shape[1], rng);
+        } else if param.name.ends_with("moe_gate.weight") {
+            small_normal(values, rng);
+        }
+    }
     values
 }

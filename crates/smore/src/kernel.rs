@@ -85,7 +85,7 @@ impl<'a, T: Float> Core<'a, T> {
 
     pub(crate) fn gate(&self, l: usize) -> Gate {
         let layer = &self.spec.layers[l];
-        Gate { kind: self.spec.gate.kind, experts: layer.experts, fanout: layer.fanout }
+        Gate::new(self.spec.gate.kind, layer.experts, layer.fanout)
     }
 
     /// Turns slopes by the keys as used into slopes by the keys as stored.
@@ -332,7 +332,7 @@ fn block_stats<T: Float>(
         .collect()
 }
 
-fn scaled(slopes: &[BalanceSlopes], factor: f64) -> Vec<BalanceSlopes> {
+pub(crate) fn scaled(slopes: &[BalanceSlopes], factor: f64) -> Vec<BalanceSlopes> {
     let times = |x: &[f64]| x.iter().map(|x| x * factor).collect();
     slopes
         .iter()

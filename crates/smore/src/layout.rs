@@ -5,7 +5,7 @@
 //! layers and the router's projection form one matrix `[stack_width, d_in]`, their biases one row.
 
 use crate::config::{Activation, GateKind, RouterArchitecture};
-use crate::spec::{LoraSpec, SmoreSpec};
+use crate::spec::{HydraLoraSpec, LoraSpec, MixLoraSpec, SmoreSpec};
 use std::ops::Range;
 
 /// One named parameter.
@@ -104,6 +104,15 @@ impl Cursor {
         let offset = param.offset - self.base;
         self.params.push(param);
         offset
+    }
+
+    /// One factor (A or B) of the first `count` experts of an FFN on one of its maps.
+    fn put_experts(&mut self, count: usize, factor: char, map: &str, shape: [usize; 2]) -> usize {
+        let start = self.next - self.base;
+        for e in 0..count {
+            self.put(format!("mlp.{map}.experts.{e}.lora_{factor}.weight"), &shape);
+        }
+        start
     }
 }
 
@@ -211,5 +220,91 @@ impl LoraLayout {
         at.put("lora_A.weight", &[spec.rank, spec.d_in]);
         let up = at.put("lora_B.weight", &[spec.d_out, spec.rank]);
         Self { params: at.params, up, len: at.next }
+    }
+}
+
+/// Parameters of HydraLoRA on one linear map: A `[r, d_in]` and the route `[N, d_in]`, stacked at 0,
+/// then B_i `[d_out, r]` one after the other.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HydraLoraLayout {
+    /// All parameters, in order of their offsets.
+    pub params: Vec<Param>,
+    /// First element of B_0.
+    pub up: usize,
+    /// Total number of elements.
+    pub len: usize,
+}
+
+impl HydraLoraLayout {
+    /// Lays out the parameters of `spec`.
+    pub fn new(spec: &HydraLoraSpec) -> Self {
+        let mut at = Cursor { params: Vec::new(), next: 0, base: 0 };
+        at.put("lora_A.weight", &[spec.rank, spec.d_in]);
+        at.put("lora_route.weight", &[spec.heads, spec.d_in]);
+        let up = at.next;
+        for i in 0..spec.heads {
+            at.put(format!("lora_B{i}.weight"), &[spec.d_out, spec.rank]);
+        }
+        Self { params: at.params, up, len: at.next }
+    }
+
+    /// Elements of B_i.
+    pub(crate) fn head(&self, spec: &HydraLoraSpec, i: usize) -> Range<usize> {
+        let len = spec.d_out * spec.rank;
+        self.up + i * len..self.up + (i + 1) * len
+    }
+}
+
+/// Parameters of MixLoRA in one FFN. All that meets the FFN's input is one matrix
+/// `[stack_width, hidden]` at 0: A of all experts on the gate map, on the up map, the router.
+/// Names are below the block's path, as MoE-PEFT has them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MixLoraLayout {
+    /// All parameters, in order of their offsets.
+    pub params: Vec<Param>,
+    /// Factors on the gate map, where it is adapted: A `[r, hidden]`, B `[intermediate, r]`.
+    pub gate_proj: Option<ExpertFactors>,
+    /// Factors on the up map, where it is adapted: A `[r, hidden]`, B `[intermediate, r]`.
+    pub up_proj: Option<ExpertFactors>,
+    /// Factors on the down map, where it is adapted: A `[r, intermediate]`, B `[hidden, r]`.
+    pub down_proj: Option<ExpertFactors>,
+    /// First element of the factors that lie outside the stack.
+    pub stack_end: usize,
+    /// Total number of elements.
+    pub len: usize,
+}
+
+/// Where the experts' factors on one map start; expert e's are the e-th.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertFactors {
+    /// A of expert 0
+    pub a: usize,
+    /// B of expert 0
+    pub b: usize,
+}
+
+impl MixLoraLayout {
+    /// Lays out the parameters of `spec`.
+    pub fn new(spec: &MixLoraSpec) -> Self {
+        let &MixLoraSpec { hidden, intermediate, experts, rank, .. } = spec;
+        let mut at = Cursor { params: Vec::new(), next: 0, base: 0 };
+        let [gate, up, down] = [spec.gate_proj, spec.up_proj, spec.down_proj]
+            .map(|adapted| if adapted { experts } else { 0 });
+        let gate_a = at.put_experts(gate, 'A', "gate_proj", [rank, hidden]);
+        let up_a = at.put_experts(up, 'A', "up_proj", [rank, hidden]);
+        at.put("mlp.moe_gate.weight", &[experts, hidden]);
+        let stack_end = at.next;
+        let gate_b = at.put_experts(gate, 'B', "gate_proj", [intermediate, rank]);
+        let up_b = at.put_experts(up, 'B', "up_proj", [intermediate, rank]);
+        let down_a = at.put_experts(down, 'A', "down_proj", [rank, intermediate]);
+        let down_b = at.put_experts(down, 'B', "down_proj", [hidden, rank]);
+        Self {
+            gate_proj: spec.gate_proj.then_some(ExpertFactors { a: gate_a, b: gate_b }),
+            up_proj: spec.up_proj.then_some(ExpertFactors { a: up_a, b: up_b }),
+            down_proj: spec.down_proj.then_some(ExpertFactors { a: down_a, b: down_b }),
+            params: at.params,
+            stack_end,
+            len: at.next,
+        }
     }
 }

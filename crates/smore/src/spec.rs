@@ -1,10 +1,14 @@
 //! A validated adapter with every number that follows from what the user wrote.
 
 use crate::config::{
-    Activation, ActivationPosition, GateConfig, GateKind, Init, LayerConfig, LoraConfig,
-    RouterArchitecture, SmoreConfig, Structure,
+    Activation, ActivationPosition, GateConfig, GateKind, Init, LayerConfig, RouterArchitecture,
+    SmoreConfig, Structure,
 };
 use crate::{Error, Result};
+
+mod baselines;
+
+pub use baselines::{FfnShape, HydraLoraSpec, LoraSpec, MixLoraSpec};
 
 /// Layers above this make trees no machine holds.
 const MAX_LAYERS: usize = 16;
@@ -90,20 +94,33 @@ impl SmoreSpec {
     /// # Errors
     /// Names the key, its value, what was expected and what to do.
     pub fn new(config: &SmoreConfig, d_in: usize, d_out: usize) -> Result<Self> {
-        if config.gate.kind == GateKind::NoisyTopk {
-            for (l, layer) in config.layers.iter().enumerate() {
-                if layer.fanout == layer.experts {
-                    return Err(Error::config(format!(
-                        "layers[{l}].fanout is {} and so is layers[{l}].experts; the noisy_topk \
-                         gate needs an expert left over to set its threshold: lower fanout, or \
-                         use gate.kind switch or dense",
-                        layer.fanout
-                    )));
-                }
-            }
-        }
         let widths = vec![config.gate.router_width; config.layers.len()];
-        Self::with_router_widths(config, &widths, d_in, d_out)
+        let spec = Self::with_router_widths(config, &widths, d_in, d_out)?;
+        spec.check_threshold(config)?;
+        Ok(spec)
+    }
+
+    /// The noisy gate's threshold is the best score that was not chosen.
+    fn check_threshold(&self, config: &SmoreConfig) -> Result<()> {
+        let noisy = self.gate.kind == GateKind::NoisyTopk;
+        let mut layers = self.layers.iter().zip(&config.layers).enumerate();
+        let Some((l, (layer, written))) = layers.find(|(_, (l, _))| noisy && l.fanout == l.experts)
+        else {
+            return Ok(());
+        };
+        let chosen = if written.fanout == layer.fanout {
+            format!("layers[{l}].fanout is {} and so is layers[{l}].experts", layer.fanout)
+        } else {
+            format!(
+                "structure is multi_order, where layers[{l}].fanout {} and those above it make a \
+                 token choose all {} of layers[{l}].experts",
+                written.fanout, layer.experts
+            )
+        };
+        Err(Error::config(format!(
+            "{chosen}; the noisy_topk gate needs an expert left over to set its threshold: lower \
+             fanout, or use gate.kind switch or dense"
+        )))
     }
 
     /// As [`SmoreSpec::new`], with a router width for every layer, and allowing what can be run
@@ -401,39 +418,4 @@ fn derive_layers(
         }
     }
     Ok(layers)
-}
-
-/// LoRA on one linear map `[d_out, d_in]`.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct LoraSpec {
-    /// Inputs of the adapted linear map.
-    pub d_in: usize,
-    /// Outputs of the adapted linear map.
-    pub d_out: usize,
-    /// Rank of both factors.
-    pub rank: usize,
-    /// alpha / rank, or alpha / sqrt(rank)
-    pub scale: f64,
-}
-
-impl LoraSpec {
-    /// Validates a config for a linear map `[d_out, d_in]`; its patterns are not looked at.
-    ///
-    /// # Errors
-    /// Names the key, its value and what was expected.
-    pub fn new(config: &LoraConfig, d_in: usize, d_out: usize) -> Result<Self> {
-        if config.rank == 0 || config.rank > MAX_EXPERTS {
-            return Err(Error::config(format!(
-                "rank is {}; expected 1 to {MAX_EXPERTS}",
-                config.rank
-            )));
-        }
-        let alpha = config.alpha.unwrap_or(2.0 * config.rank as f64);
-        if !(alpha.is_finite() && alpha > 0.0) {
-            return Err(Error::config(format!("alpha is {alpha}; expected a positive number")));
-        }
-        let rank = config.rank as f64;
-        let scale = alpha / if config.rslora { rank.sqrt() } else { rank };
-        Ok(Self { d_in, d_out, rank: config.rank, scale })
-    }
 }

@@ -106,6 +106,13 @@ fn contradictions() {
         let noisy = r#", "gate": {"kind": "noisy_topk"}"#;
         check(&one_layer(size, size, "2", noisy), &["layers[0].fanout", "noisy_topk"]);
     }
+    // Fanouts 2, 2, 2 of a tree become 4, 4, 2 of 4 without one.
+    let noisy = r#", "structure": "multi_order", "activation": "identity",
+        "gate": {"kind": "noisy_topk"}"#;
+    check(&layers(3, 2, noisy), &["multi_order", "layers[0].fanout 2", "4", "noisy_topk"]);
+    check(&layers(2, 2, noisy), &["multi_order", "layers[0].fanout 2", "noisy_topk"]);
+    let config: SmoreConfig = serde_json::from_str(&layers(3, 1, noisy)).unwrap();
+    SmoreSpec::new(&config, 16, 16).unwrap();
     let flat = r#", "structure": "flat", "activation": "identity""#;
     check(&layers(2, 2, flat), &["structure", "flat", "layers"]);
     for structure in ["flat", "multi_order"] {

@@ -98,7 +98,10 @@ impl Drawn {
             "init": init,
         });
         let config: SmoreConfig = serde_json::from_value(config).unwrap();
-        Smore::new(SmoreSpec::new(&config, D_IN, D_OUT).unwrap())
+        // Fanouts that a multi-order mixture raises may leave the noisy gate no expert over; it
+        // still runs.
+        let widths = vec![4; self.layers.len()];
+        Smore::new(SmoreSpec::with_router_widths(&config, &widths, D_IN, D_OUT).unwrap())
     }
 
     /// The adapter with parameters of which none is 0.

@@ -13,6 +13,7 @@ mod loss;
 mod norm;
 mod optimizer;
 mod rotary;
+mod rows;
 mod simd;
 
 pub use gemm::{Strided, StridedMut, gemm};
@@ -276,6 +277,14 @@ impl<T: Float> Device for Cpu<T> {
 
     fn sum_squares(&self, x: View<Self>) -> f64 {
         elementwise::sum_squares(Self::slice(x))
+    }
+
+    fn scale_rows(&self, weights: View<Self>, x: ViewMut<Self>) {
+        rows::scale(Self::slice(weights), Self::slice_mut(x));
+    }
+
+    fn row_dots(&self, x: View<Self>, y: View<Self>, dots: ViewMut<Self>) {
+        rows::dots(Self::slice(x), Self::slice(y), Self::slice_mut(dots));
     }
 
     fn scale(&self, factor: f64, x: ViewMut<Self>) {

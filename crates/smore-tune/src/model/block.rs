@@ -30,6 +30,7 @@ impl<D: AdapterKernels> BlockSaved<D> {
         let routing = |saved| match saved {
             AnySaved::Smore(s) => Some(s.routing),
             AnySaved::Lora(_) => None,
+            AnySaved::HydraLora(s) => Some(s.routing),
         };
         let saved = self.attention.adapters.into_iter().chain(self.ffn.adapters);
         saved.flatten().map(routing).collect()

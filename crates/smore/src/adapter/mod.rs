@@ -1,9 +1,13 @@
-//! Adapters on one linear map, behind one trait.
+//! Adapters: on one linear map behind one trait, and MixLoRA inside an FFN.
 
+mod hydra_lora;
 mod lora;
+mod mix_lora;
 mod smore;
 
+pub use hydra_lora::{HydraLora, HydraLoraSaved};
 pub use lora::{Lora, LoraSaved};
+pub use mix_lora::{FfnInput, FfnSlopes, MixLora, MixLoraSaved};
 pub use smore::{Smore, SmoreSaved};
 
 use crate::kernel::{AdapterKernels, GateNoise, Routing};
@@ -93,6 +97,8 @@ pub enum AnyAdapter {
     Smore(Smore),
     /// LoRA
     Lora(Lora),
+    /// HydraLoRA
+    HydraLora(HydraLora),
 }
 
 /// What [`AnyAdapter`] saves.
@@ -101,6 +107,8 @@ pub enum AnySaved<D: AdapterKernels> {
     Smore(SmoreSaved<D>),
     /// Of LoRA
     Lora(LoraSaved<D>),
+    /// Of HydraLoRA
+    HydraLora(HydraLoraSaved<D>),
 }
 
 impl<D: AdapterKernels> AnySaved<D> {
@@ -109,6 +117,7 @@ impl<D: AdapterKernels> AnySaved<D> {
         match self {
             Self::Smore(saved) => Some(&saved.routing),
             Self::Lora(_) => None,
+            Self::HydraLora(saved) => Some(&saved.routing),
         }
     }
 }
@@ -118,6 +127,7 @@ impl Adapter for AnyAdapter {
         match self {
             Self::Smore(a) => a.params(),
             Self::Lora(a) => a.params(),
+            Self::HydraLora(a) => a.params(),
         }
     }
 
@@ -125,6 +135,7 @@ impl Adapter for AnyAdapter {
         match self {
             Self::Smore(a) => a.init(rng),
             Self::Lora(a) => a.init(rng),
+            Self::HydraLora(a) => a.init(rng),
         }
     }
 }
@@ -143,6 +154,7 @@ impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
         match self {
             Self::Smore(a) => AnySaved::Smore(a.forward(device, mode, params, x, y)),
             Self::Lora(a) => AnySaved::Lora(a.forward(device, mode, params, x, y)),
+            Self::HydraLora(a) => AnySaved::HydraLora(a.forward(device, mode, params, x, y)),
         }
     }
 
@@ -165,7 +177,34 @@ impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
             (Self::Lora(a), AnySaved::Lora(s)) => {
                 a.backward(device, mode, balance_scale, params, s, x, dy, grads, dx);
             }
+            (Self::HydraLora(a), AnySaved::HydraLora(s)) => {
+                a.backward(device, mode, balance_scale, params, s, x, dy, grads, dx);
+            }
             _ => unreachable!("an adapter meets what another kind saved"),
+        }
+    }
+}
+
+/// Any adapter that a transformer block can hold, by where it acts.
+pub enum BlockAdapter {
+    /// On one linear map.
+    Map(AnyAdapter),
+    /// Inside the FFN, around its gated activation.
+    Ffn(MixLora),
+}
+
+impl Adapter for BlockAdapter {
+    fn params(&self) -> &[Param] {
+        match self {
+            Self::Map(a) => a.params(),
+            Self::Ffn(a) => a.params(),
+        }
+    }
+
+    fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
+        match self {
+            Self::Map(a) => a.init(rng),
+            Self::Ffn(a) => a.init(rng),
         }
     }
 }

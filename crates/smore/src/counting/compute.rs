@@ -2,7 +2,7 @@
 
 use super::{Activity, equal_rank_lora_parameters};
 use crate::config::RouterArchitecture;
-use crate::spec::SmoreSpec;
+use crate::spec::{HydraLoraSpec, MixLoraSpec, SmoreSpec};
 use serde::Serialize;
 
 /// Multiplications of weights for one token (paper, App. C.1), of one linear map or, added up, of
@@ -34,6 +34,28 @@ impl Multiplications {
             counts.router += queries(spec, l) * query(spec, l);
         }
         counts
+    }
+
+    /// Counts what one token costs in HydraLoRA: every parameter is one multiplication.
+    pub fn of_hydra_lora(spec: &HydraLoraSpec) -> Self {
+        let HydraLoraSpec { d_in, d_out, heads, rank, .. } = *spec;
+        let (down, up, router) = (rank * d_in, heads * rank * d_out, heads * d_in);
+        Self { down, up, router, ..Self::default() }
+    }
+
+    /// Counts what one token costs in MixLoRA besides the base's own products, which all experts
+    /// share: the factors of k experts and the router.
+    pub fn of_mix_lora(spec: &MixLoraSpec) -> Self {
+        let MixLoraSpec { hidden, intermediate, experts, fanout, rank, .. } = *spec;
+        // Each map's inputs and outputs, from `hidden` to `intermediate` or back.
+        let into = usize::from(spec.gate_proj) + usize::from(spec.up_proj);
+        let out = usize::from(spec.down_proj);
+        Self {
+            down: fanout * rank * (into * hidden + out * intermediate),
+            up: fanout * rank * (into * intermediate + out * hidden),
+            router: experts * hidden,
+            ..Self::default()
+        }
     }
 
     /// Everything but the router.

@@ -55,7 +55,7 @@ pub(crate) fn forward<T: Float>(
 fn pair_gate<T: Float>(core: &Core<T>, l: usize) -> Gate {
     let layer = &core.spec.layers[l];
     let positions = if l == 0 { 1 } else { layer.fanout };
-    Gate { kind: GateKind::Switch, experts: positions * layer.experts, fanout: layer.fanout }
+    Gate::new(GateKind::Switch, positions * layer.experts, layer.fanout)
 }
 
 /// x_down . key(p, e): `[n * F_1, s_0]`.

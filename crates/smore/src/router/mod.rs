@@ -7,6 +7,7 @@
 //! experts and their weights.
 
 pub mod bottom_up;
+pub(crate) mod flat;
 mod network;
 pub mod noisy;
 pub mod switch;
@@ -62,6 +63,16 @@ pub(crate) struct Gate {
     pub(crate) kind: GateKind,
     pub(crate) experts: usize,
     pub(crate) fanout: usize,
+    /// Weights of the chosen are divided by their sum.
+    pub(crate) renormalised: bool,
+}
+
+impl Gate {
+    /// A gate of S'MoRE: the switch gate renormalises where it chooses more than one expert. A
+    /// single choice keeps its raw probability, so that the router gets a gradient from the task.
+    pub(crate) fn new(kind: GateKind, experts: usize, fanout: usize) -> Self {
+        Self { kind, experts, fanout, renormalised: kind == GateKind::Switch && fanout > 1 }
+    }
 }
 
 /// The balance loss of one layer and its slopes.

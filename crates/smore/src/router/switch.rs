@@ -14,12 +14,6 @@ pub(crate) struct Scores<T> {
     width: usize,
 }
 
-/// Chosen weights are divided by their sum where more than one expert is chosen of several; a
-/// single choice keeps its raw probability, so that the router gets a gradient from the task.
-fn renormalises(gate: Gate) -> bool {
-    gate.kind == GateKind::Switch && gate.fanout > 1
-}
-
 pub(super) fn forward<T: Float>(
     gate: Gate,
     logits: &[T],
@@ -40,7 +34,7 @@ pub(super) fn forward<T: Float>(
             }
         }
         let sum =
-            if renormalises(gate) { idx.iter().map(|&i| p[usize::from(i)]).sum() } else { T::ONE };
+            if gate.renormalised { idx.iter().map(|&i| p[usize::from(i)]).sum() } else { T::ONE };
         for (w, &i) in weight.iter_mut().zip(idx.iter()) {
             *w = p[usize::from(i)] / sum;
         }
@@ -118,7 +112,7 @@ pub(super) fn backward<T: Float>(
         }
         // weight_k = p_k / sum of chosen p: through the division first ...
         let (mut mean, mut sum) = (T::ZERO, T::ONE);
-        if renormalises(gate) {
+        if gate.renormalised {
             mean = weight.iter().zip(dweight).map(|(&w, &d)| w * d).sum();
             sum = idx.iter().map(|&i| p[usize::from(i)]).sum();
         }

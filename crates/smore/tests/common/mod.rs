@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "every test binary uses its own part")]
 
 pub(crate) mod case;
+pub(crate) mod slopes;
 pub(crate) mod table;
 
 /// Numbers in (-1, 1), none near 0, that look random.
@@ -29,4 +30,31 @@ pub(crate) fn close<T: smore_engine::Float>(what: &str, want: &[f64], got: &[T],
         let near = (want - got).abs() <= allowed * scale;
         assert!(near, "{what}[{i}] is {got}, expected {want}; the largest is {scale}");
     }
+}
+
+/// The values of a parameter.
+#[track_caller]
+pub(crate) fn named<'a>(
+    params: &[smore::layout::Param],
+    values: &'a [f64],
+    name: &str,
+) -> &'a [f64] {
+    let param = params.iter().find(|p| p.name == name);
+    &values[param.unwrap_or_else(|| panic!("no {name}")).range()]
+}
+
+/// W x of a row-major matrix.
+pub(crate) fn times(w: &[f64], x: &[f64]) -> Vec<f64> {
+    w.chunks(x.len()).map(|row| row.iter().zip(x).map(|(w, x)| w * x).sum()).collect()
+}
+
+/// exp(x_i) / sum_j exp(x_j)
+pub(crate) fn softmax(logits: &[f64]) -> Vec<f64> {
+    let sum: f64 = logits.iter().map(|x| x.exp()).sum();
+    logits.iter().map(|x| x.exp() / sum).collect()
+}
+
+/// What `f` gives where work is split over `n` threads.
+pub(crate) fn on_threads<R: Send>(n: usize, f: impl FnOnce() -> R + Send) -> R {
+    rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap().install(f)
 }

@@ -1,0 +1,162 @@
+//! HydraLoRA (Tian et al. 2024): one shared down factor, several up factors, all of them active.
+//!
+//! ```text
+//! w  = softmax(R x)
+//! y += (alpha / r) sum_i w_i B_i A x
+//! ```
+//!
+//! A and R are one matrix, so that both projections are one product `z [n, r + N]`.
+
+use super::{Adapter, MapAdapter, Mode};
+use crate::config::GateKind;
+use crate::init;
+use crate::kernel::{AdapterKernels, Routing};
+use crate::layout::{HydraLoraLayout, Param};
+use crate::router::{Gate, flat};
+use crate::spec::HydraLoraSpec;
+use rand::Rng;
+use smore_engine::{Device, Float, View, ViewMut};
+
+/// HydraLoRA on one linear map.
+pub struct HydraLora {
+    /// Its validated description.
+    pub spec: HydraLoraSpec,
+    /// Where its parameters lie.
+    pub layout: HydraLoraLayout,
+}
+
+/// A x, the logits and the gate weights.
+pub struct HydraLoraSaved<D: Device> {
+    /// A x, then R x: `[n, r + N]`
+    z: D::Buf,
+    /// `[N, n]`
+    weights: D::Buf,
+    /// All heads with their weights, for every token; without a balance loss.
+    pub routing: Routing<D::Elem>,
+}
+
+impl HydraLora {
+    /// An adapter for `spec`; it holds no values.
+    pub fn new(spec: HydraLoraSpec) -> Self {
+        Self { layout: HydraLoraLayout::new(&spec), spec }
+    }
+
+    fn gate(&self) -> Gate {
+        Gate::new(GateKind::Dense, self.spec.heads, self.spec.heads)
+    }
+
+    /// R x on the host, `[n, N]`.
+    fn logits<D: Device>(&self, device: &D, z: View<D>) -> Vec<D::Elem> {
+        let HydraLoraSpec { rank, heads, .. } = self.spec;
+        flat::columns(&device.download(z), rank + heads, rank, heads)
+    }
+}
+
+/// w_i A x in the first r columns of `[n, r + N]`.
+fn weighted<D: Device>(device: &D, z: View<D>, weights: View<D>) -> D::Buf {
+    let mut weighted = device.zeros(z.len);
+    device.add(z, ViewMut::new(&mut weighted, z.len));
+    device.scale_rows(weights, ViewMut::new(&mut weighted, z.len));
+    weighted
+}
+
+/// The transpose of a matrix of `cols` columns.
+fn transposed<T: Float>(values: &[T], cols: usize) -> Vec<T> {
+    (0..cols).flat_map(|j| values.iter().skip(j).step_by(cols)).copied().collect()
+}
+
+impl Adapter for HydraLora {
+    fn params(&self) -> &[Param] {
+        &self.layout.params
+    }
+
+    fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
+        init::hydra_lora(&self.layout, rng)
+    }
+}
+
+impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
+    type Saved = HydraLoraSaved<D>;
+
+    fn forward(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        x: View<D>,
+        mut y: ViewMut<D>,
+    ) -> HydraLoraSaved<D> {
+        let HydraLoraSpec { d_in, d_out, heads, rank, scale } = self.spec;
+        let (n, width) = (x.len / d_in, self.spec.stack_width());
+        let mut z = device.zeros(n * width);
+        let stack = params.at(0..self.layout.up).mat(width, d_in);
+        let target = ViewMut::new(&mut z, n * width).mat(n, width);
+        device.gemm(1.0, x.mat(n, d_in), stack.t(), 0.0, target);
+        let z_view = View::new(&z, n * width);
+        let routing = flat::route(self.gate(), 0.0, &self.logits(device, z_view), mode.valid);
+        let weights = device.upload(&transposed(&routing.tree.layers[0].gate_weight, heads));
+        for i in 0..heads {
+            let weights = View::new(&weights, heads * n).at(i * n..(i + 1) * n);
+            let weighted = weighted(device, z_view, weights);
+            let weighted = View::new(&weighted, n * width).mat_strided(n, rank, width);
+            let b = params.at(self.layout.head(&self.spec, i)).mat(d_out, rank);
+            device.gemm(scale, weighted, b.t(), 1.0, y.rb().mat(n, d_out));
+        }
+        HydraLoraSaved { z, weights, routing }
+    }
+
+    fn backward(
+        &self,
+        device: &D,
+        mode: Mode,
+        balance_scale: f64,
+        params: View<D>,
+        saved: &HydraLoraSaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        mut grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    ) {
+        let HydraLoraSpec { d_in, d_out, heads, rank, scale } = self.spec;
+        let (n, width) = (x.len / d_in, self.spec.stack_width());
+        let (z, dy) = (View::new(&saved.z, n * width), dy.mat(n, d_out));
+        let (mut dz, mut dweights) = (device.zeros(n * width), device.zeros(heads * n));
+        // Slopes of one head's w_i A x; the columns of the logits stay 0.
+        let mut dhead = device.zeros(n * width);
+        for i in 0..heads {
+            let (run, head) = (i * n..(i + 1) * n, self.layout.head(&self.spec, i));
+            let weights = View::new(&saved.weights, heads * n).at(run.clone());
+            let weighted = weighted(device, z, weights);
+            let weighted = View::new(&weighted, n * width).mat_strided(n, rank, width);
+            let db = grads.rb().at(head.clone()).mat(d_out, rank);
+            device.gemm(scale, dy.t(), weighted, 1.0, db);
+            let b = params.at(head).mat(d_out, rank);
+            let target = ViewMut::new(&mut dhead, n * width).mat_strided(n, rank, width);
+            device.gemm(scale, dy, b, 0.0, target);
+            let dots = ViewMut::new(&mut dweights, heads * n).at(run);
+            device.row_dots(View::new(&dhead, n * width), z, dots);
+            device.scale_rows(weights, ViewMut::new(&mut dhead, n * width));
+            device.add(View::new(&dhead, n * width), ViewMut::new(&mut dz, n * width));
+        }
+        let dweights = transposed(&device.download(View::new(&dweights, heads * n)), n);
+        let logits = self.logits(device, z);
+        let routing = &saved.routing;
+        let dlogits = flat::route_backward(
+            self.gate(),
+            balance_scale,
+            &logits,
+            mode.valid,
+            routing,
+            &dweights,
+        );
+        let dlogits = device.upload(&flat::among_zeros(&dlogits, width, rank, heads));
+        device.add(View::new(&dlogits, n * width), ViewMut::new(&mut dz, n * width));
+        let dz = View::new(&dz, n * width).mat(n, width);
+        let dstack = grads.at(0..self.layout.up).mat(width, d_in);
+        device.gemm(1.0, dz.t(), x.mat(n, d_in), 1.0, dstack);
+        if let Some(dx) = dx {
+            let stack = params.at(0..self.layout.up).mat(width, d_in);
+            device.gemm(1.0, dz, stack, 1.0, dx.mat(n, d_in));
+        }
+    }
+}
