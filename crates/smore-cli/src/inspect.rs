@@ -4,7 +4,7 @@ mod facts;
 mod others;
 mod tables;
 
-use self::others::{Lora, full};
+use self::others::{Lora, full, mixture};
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 use smore::config::{GateKind, LayerConfig, SmoreConfig};
@@ -57,6 +57,10 @@ pub(crate) fn run(args: &Args) -> Result<()> {
                 lora.print();
             }
             ("lora", lora.facts())
+        }
+        AdapterConfig::HydraLora(_) | AdapterConfig::MixLora(_) => {
+            let kind = subject.config.kind();
+            (kind, mixture(&subject, base.as_ref(), args.json)?)
         }
         AdapterConfig::Full(_) => ("full", full(base.as_ref(), args.json)),
     };

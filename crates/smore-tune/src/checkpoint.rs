@@ -74,7 +74,7 @@ pub fn save_adapter(
             let values = &values[slot.range.clone()];
             for param in slot.params() {
                 for name in stored_names(config, param) {
-                    let name = format!("{PREFIX}{}.{name}", slot.path());
+                    let name = format!("{PREFIX}{}", slot.param_path(&name));
                     tensors.push((name, param.shape.clone(), &values[param.range()]));
                 }
             }
@@ -149,7 +149,7 @@ fn read_values(file: &Path, config: &AdapterConfig, adapters: &Adapters) -> Resu
         let run = &mut values[slot.range.clone()];
         for param in slot.params() {
             for (copy, name) in stored_names(config, param).iter().enumerate() {
-                let name = format!("{PREFIX}{}.{name}", slot.path());
+                let name = format!("{PREFIX}{}", slot.param_path(&name));
                 let Some(tensor) = left.remove(&name) else {
                     let hint = nearest(&name, left.keys().map(String::as_str))
                         .map_or_else(String::new, |n| format!("; the nearest is `{n}`"));

@@ -8,7 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use smore::config::{LoraConfig, SmoreConfig};
+use smore::config::{HydraLoraConfig, LoraConfig, MixLoraConfig, SmoreConfig};
+use smore::targets::Targets;
 
 use crate::error::{Error, Result};
 
@@ -37,8 +38,36 @@ pub enum AdapterConfig {
     Smore(SmoreConfig),
     /// A plain LoRA on the frozen base.
     Lora(LoraConfig),
+    /// A HydraLoRA on the frozen base.
+    HydraLora(HydraLoraConfig),
+    /// A MixLoRA on the frozen base.
+    MixLora(MixLoraConfig),
     /// Every parameter of the base, and no adapter.
     Full(FullConfig),
+}
+
+impl AdapterConfig {
+    /// The value of `kind`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Smore(_) => "smore",
+            Self::Lora(_) => "lora",
+            Self::HydraLora(_) => "hydra_lora",
+            Self::MixLora(_) => "mix_lora",
+            Self::Full(_) => "full",
+        }
+    }
+
+    /// The linear maps to adapt; none where the base itself is trained.
+    pub fn targets(&self) -> Option<&Targets> {
+        match self {
+            Self::Smore(c) => Some(&c.targets),
+            Self::Lora(c) => Some(&c.targets),
+            Self::HydraLora(c) => Some(&c.targets),
+            Self::MixLora(c) => Some(&c.targets),
+            Self::Full(_) => None,
+        }
+    }
 }
 
 /// Training of the base itself (`kind: full`).

@@ -167,7 +167,7 @@ impl Prepared {
             AdapterConfig::Full(_) => {
                 self.spec.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum()
             }
-            AdapterConfig::Smore(_) | AdapterConfig::Lora(_) => self.adapters.len(),
+            _ => self.adapters.len(),
         }
     }
 
@@ -188,7 +188,7 @@ impl Prepared {
                 };
                 Model::full(device, spec, &values, cutoff_len)
             }
-            AdapterConfig::Smore(_) | AdapterConfig::Lora(_) => {
+            _ => {
                 let values = adapters.init(train.seed);
                 let Some(folder) = &folder else {
                     return Err(Error::Run("an adapter needs a base with weights".into()));

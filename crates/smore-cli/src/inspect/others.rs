@@ -3,13 +3,13 @@
 use super::{Base, Subject, Target};
 use crate::table::{self, count};
 use serde_json::{Map, Value, json};
-use smore::adapter::AnyAdapter;
+use smore::adapter::{AnyAdapter, BlockAdapter};
 use smore::config::LoraConfig;
 use smore::counting::lora_parameters;
 use smore::spec::LoraSpec;
 use smore_tune::config::AdapterConfig;
 use smore_tune::error::Error;
-use smore_tune::inject::Adapters;
+use smore_tune::inject::{Adapters, Site};
 use smore_tune::model::spec::Proj;
 
 /// LoRA on the maps of a model, or on none.
@@ -34,12 +34,11 @@ impl Lora {
             let adapters = Adapters::stored(&AdapterConfig::Lora(config.clone()), &[], &base.spec)
                 .map_err(|message| subject.error(format!("adapter.{message}")))?;
             for slot in &adapters.slots {
-                let AnyAdapter::Lora(lora) = &slot.adapter else { continue };
-                let alike =
-                    maps.iter_mut().find(|(p, spec, _)| (*p, *spec) == (slot.proj, lora.spec));
-                match alike {
+                let Site::Map(proj) = slot.site else { continue };
+                let BlockAdapter::Map(AnyAdapter::Lora(lora)) = &slot.adapter else { continue };
+                match maps.iter_mut().find(|(p, spec, _)| (*p, *spec) == (proj, lora.spec)) {
                     Some((.., blocks)) => *blocks += 1,
-                    None => maps.push((slot.proj, lora.spec, 1)),
+                    None => maps.push((proj, lora.spec, 1)),
                 }
             }
             maps.sort_by_key(|(proj, ..)| *proj);
@@ -98,6 +97,66 @@ impl Lora {
         println!();
         let header = ["on", "width", "rank", "blocks", "parameters", "in all blocks"];
         table::print(&header, &rows);
+    }
+}
+
+/// HydraLoRA and MixLoRA: what they are, and what they cost on a model.
+pub(super) fn mixture(
+    subject: &Subject,
+    base: Option<&Base>,
+    quiet: bool,
+) -> Result<Map<String, Value>, Error> {
+    let wrong = |message: String| subject.error(format!("adapter.{message}"));
+    let (title, parts) = match &subject.config {
+        AdapterConfig::HydraLora(c) => {
+            HydraLoraSpec::new(c, 1, 1).map_err(|e| wrong(e.to_string()))?;
+            ("HydraLoRA", json!({"heads": c.heads, "rank": c.rank}))
+        }
+        AdapterConfig::MixLora(c) => {
+            let (hidden, intermediate) = (1, 1);
+            let (activation, adapted) = (GateActivation::Silu, [true; 3]);
+            let ffn = FfnShape { hidden, intermediate, activation, adapted };
+            MixLoraSpec::new(c, ffn).map_err(|e| wrong(e.to_string()))?;
+            ("MixLoRA", json!({"experts": c.experts, "fanout": c.fanout, "rank": c.rank}))
+        }
+        _ => unreachable!("asked of mixtures only"),
+    };
+    let adapters = base.map(|base| {
+        let stored = Adapters::stored(&subject.config, &[], &base.spec);
+        stored.map_err(|message| subject.error(format!("adapter.{message}")))
+    });
+    let adapters = adapters.transpose()?;
+    let total = adapters.as_ref().map(|adapters| {
+        let compute: Multiplications = adapters.slots.iter().map(multiplications).sum();
+        json!({"parameters": {"total": adapters.len()},
+            "multiplications_per_token": {"total": compute.total()}})
+    });
+    if !quiet {
+        let of: Vec<_> = parts.as_object().into_iter().flatten().map(|(k, v)| format!("{k} {v}")).collect();
+        println!("{title}: {}", of.join(", "));
+        if let (Some(adapters), Some(total)) = (&adapters, &total) {
+            let n = |key: &str| count(total[key]["total"].as_u64().unwrap_or(0) as usize);
+            let rows = [
+                vec!["adapted places".into(), count(adapters.slots.len())],
+                vec!["trained parameters".into(), n("parameters")],
+                vec!["multiplications per token".into(), n("multiplications_per_token")],
+            ];
+            println!();
+            table::print(&["in all blocks", "number"], &rows);
+        }
+    }
+    let facts = json!({"structure": parts, "total": total});
+    Ok(facts.as_object().cloned().unwrap_or_default())
+}
+
+fn multiplications(slot: &Slot) -> Multiplications {
+    match &slot.adapter {
+        BlockAdapter::Map(AnyAdapter::HydraLora(a)) => Multiplications::of_hydra_lora(&a.spec),
+        BlockAdapter::Ffn(a) => Multiplications::of_mix_lora(&a.spec),
+        BlockAdapter::Map(AnyAdapter::Lora(a)) => {
+            Multiplications { projection: lora_parameters(&a.spec), ..Multiplications::default() }
+        }
+        BlockAdapter::Map(AnyAdapter::Smore(a)) => Multiplications::of(&a.spec),
     }
 }
 

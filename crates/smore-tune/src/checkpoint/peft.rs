@@ -13,11 +13,13 @@ type Reading<T> = std::result::Result<T, String>;
 
 /// The file's text: keys sorted, two spaces, as PEFT writes it.
 pub(super) fn to_json(config: &AdapterConfig, base: &Path) -> String {
-    let none = Targets::default();
-    let (mut keys, targets) = match config {
-        AdapterConfig::Smore(c) => (smore_keys(c), &c.targets),
-        AdapterConfig::Lora(c) => (lora_keys(c), &c.targets),
-        AdapterConfig::Full(_) => (json!({}), &none),
+    let Some(targets) = config.targets() else { return "{}\n".into() };
+    let mut keys = match config {
+        AdapterConfig::Smore(c) => smore_keys(c),
+        AdapterConfig::Lora(c) => lora_keys(c),
+        AdapterConfig::HydraLora(c) => hydra_keys(c),
+        AdapterConfig::MixLora(c) => moe_peft::mix_lora_keys(c),
+        AdapterConfig::Full(_) => json!({}),
     };
     let common = json!({
         "auto_mapping": null,

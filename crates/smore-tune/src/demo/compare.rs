@@ -180,7 +180,7 @@ impl Desk {
         let data = self.folder.join("data");
         let learning_rate = match adapter {
             AdapterConfig::Lora(_) => LORA_RATE,
-            AdapterConfig::Smore(_) | AdapterConfig::Full(_) => SMORE_RATE,
+            _ => SMORE_RATE,
         };
         RunConfig {
             model: self.base.clone(),

@@ -25,15 +25,11 @@ pub struct BlockSaved<D: AdapterKernels> {
 }
 
 impl<D: AdapterKernels> BlockSaved<D> {
-    /// Routing of the adapted maps, in the order of [`Proj::ALL`].
+    /// Routing of the adapters, in the order of their slots.
     pub(super) fn into_routing(self) -> Vec<Option<Routing<D::Elem>>> {
-        let routing = |saved| match saved {
-            AnySaved::Smore(s) => Some(s.routing),
-            AnySaved::Lora(_) => None,
-            AnySaved::HydraLora(s) => Some(s.routing),
-        };
-        let saved = self.attention.adapters.into_iter().chain(self.ffn.adapters);
-        saved.flatten().map(routing).collect()
+        let maps = self.attention.adapters.into_iter().chain(self.ffn.adapters).flatten();
+        let ffn = self.ffn.mix.map(|saved| Some(saved.routing));
+        maps.map(AnySaved::into_routing).chain(ffn).collect()
     }
 }
 
@@ -101,10 +97,10 @@ impl<D: AdapterKernels> Model<D> {
         if let Some(bias) = self.weights.bias(self, block, proj) {
             self.device.add_row(bias, y.rb());
         }
-        let slot = self.adapters.at(block, proj)?;
+        let (slot, adapter) = self.adapters.at(block, proj)?;
         let params = self.params_view().at(slot.range.clone());
         let mode = Mode { noise: mode.noise.map(|key| slot.noise(key)), ..mode };
-        Some(slot.adapter.forward(&self.device, mode, params, x, y))
+        Some(adapter.forward(&self.device, mode, params, x, y))
     }
 
     /// The backward pass of [`Model::apply`]: adds to `grads` and, where wanted, to `dx`.
@@ -133,12 +129,12 @@ impl<D: AdapterKernels> Model<D> {
         if let Some(dbias) = self.weights.bias_grad(self.view_mut(grads), block, proj) {
             self.device.sum_rows(dy, dbias);
         }
-        if let (Some(slot), Some(saved)) = (self.adapters.at(block, proj), saved) {
+        if let (Some((slot, adapter)), Some(saved)) = (self.adapters.at(block, proj), saved) {
             let params = self.params_view().at(slot.range.clone());
             let grads = self.view_mut(grads).at(slot.range.clone());
             let mode = Mode { noise: mode.noise.map(|key| slot.noise(key)), ..mode };
             let scale = scales.balance;
-            slot.adapter.backward(&self.device, mode, scale, params, saved, x, dy, grads, dx);
+            adapter.backward(&self.device, mode, scale, params, saved, x, dy, grads, dx);
         }
     }
 

@@ -3,7 +3,7 @@
 use super::block::{BlockSaved, Normed};
 use super::spec::{Norm, Proj};
 use super::{Model, Scales};
-use smore::adapter::{AnySaved, Mode};
+use smore::adapter::{AnySaved, FfnInput, FfnSlopes, MixLoraSaved, Mode};
 use smore::kernel::AdapterKernels;
 use smore_engine::ViewMut;
 
@@ -18,6 +18,8 @@ pub(super) struct Ffn<D: AdapterKernels> {
     behind: Option<Normed<D>>,
     /// What the adapters on gate, up and down saved.
     pub(super) adapters: [Option<AnySaved<D>>; 3],
+    /// What the adapter in the FFN as a whole saved.
+    pub(super) mix: Option<MixLoraSaved<D>>,
 }
 
 impl<D: AdapterKernels> Model<D> {
@@ -30,12 +32,19 @@ impl<D: AdapterKernels> Model<D> {
         let ag = self.apply(b, Proj::Gate, h, self.view_mut(&mut gate), mode, false);
         let au = self.apply(b, Proj::Up, h, self.view_mut(&mut up), mode, false);
         let mut inner = self.device.zeros(width);
-        let (act, target) = (self.spec.activation, self.view_mut(&mut inner));
-        self.device.gated(act, self.view(&gate), self.view(&up), target);
-        let (ad, behind) = self.join(b, Norm::PostFfn, x, |y| {
-            self.apply(b, Proj::Down, self.view(&inner), y, mode, true)
+        let ((ad, mix), behind) = self.join(b, Norm::PostFfn, x, |mut y| {
+            let input = FfnInput { x: h, gate: self.view(&gate), up: self.view(&up) };
+            let target = self.view_mut(&mut inner);
+            let mix = if let Some((slot, mix)) = self.adapters.in_ffn(b) {
+                let params = self.params_view().at(slot.range.clone());
+                Some(mix.forward(&self.device, mode, params, input, target, y.rb()))
+            } else {
+                self.device.gated(self.spec.activation, input.gate, input.up, target);
+                None
+            };
+            (self.apply(b, Proj::Down, self.view(&inner), y, mode, true), mix)
         });
-        Ffn { inv, gate, up, behind, adapters: [ag, au, ad] }
+        Ffn { inv, gate, up, behind, adapters: [ag, au, ad], mix }
     }
 
     /// The backward pass of [`Model::ffn`], in place on `dx`; where `through` is false only
@@ -55,27 +64,42 @@ impl<D: AdapterKernels> Model<D> {
         let (gate, up) = (self.view(&ffn.gate), self.view(&ffn.up));
         let [ag, au, ad] = &ffn.adapters;
         let mut inner = self.device.zeros(width);
-        self.device.gated(act, gate, up, self.view_mut(&mut inner));
+        if ffn.mix.is_none() {
+            // Experts mix their own; the base's map is frozen then and asks only for slopes.
+            self.device.gated(act, gate, up, self.view_mut(&mut inner));
+        }
         let mut dinner = self.device.zeros(width);
         let dpart = self.join_backward(b, Norm::PostFfn, ffn.behind.as_ref(), dx, grads);
+        let dy = self.view(dpart.as_ref().unwrap_or(dx));
         self.apply_backward(
             b,
             Proj::Down,
             self.view(&inner),
-            self.view(dpart.as_ref().unwrap_or(dx)),
+            dy,
             Some(ViewMut::new(&mut dinner, width)),
             ad.as_ref(),
             mode,
             scales,
             grads,
         );
-        drop((inner, dpart));
+        drop(inner);
         let (mut dgate, mut dup) = (self.device.zeros(width), self.device.zeros(width));
         let dinner = self.view(&dinner);
-        let (target, other) = (self.view_mut(&mut dgate), ViewMut::new(&mut dup, width));
-        self.device.gated_backward(act, gate, up, dinner, target, other);
         let (normed, _) = self.normed(b, Norm::Ffn, middle);
         let mut dnormed = self.device.zeros(self.device.len(dx));
+        let (dgate_view, dup_view) = (self.view_mut(&mut dgate), ViewMut::new(&mut dup, width));
+        if let (Some((slot, mix)), Some(saved)) = (self.adapters.in_ffn(b), &ffn.mix) {
+            let params = self.params_view().at(slot.range.clone());
+            let grads = self.view_mut(grads).at(slot.range.clone());
+            let input = FfnInput { x: self.view(&normed), gate, up };
+            let x = self.view_mut(&mut dnormed);
+            let slopes = through.then_some(FfnSlopes { x, gate: dgate_view, up: dup_view });
+            let scale = scales.balance;
+            mix.backward(&self.device, mode, scale, params, saved, input, dy, dinner, grads, slopes);
+        } else {
+            self.device.gated_backward(act, gate, up, dinner, dgate_view, dup_view);
+        }
+        drop(dpart);
         for (proj, dy, saved) in [(Proj::Gate, &dgate, ag), (Proj::Up, &dup, au)] {
             let target = through.then(|| self.view_mut(&mut dnormed));
             let (x, dy) = (self.view(&normed), self.view(dy));

@@ -120,6 +120,15 @@ impl<D: AdapterKernels> AnySaved<D> {
             Self::HydraLora(saved) => Some(&saved.routing),
         }
     }
+
+    /// As [`AnySaved::routing`], by value.
+    pub fn into_routing(self) -> Option<Routing<D::Elem>> {
+        match self {
+            Self::Smore(saved) => Some(saved.routing),
+            Self::Lora(_) => None,
+            Self::HydraLora(saved) => Some(saved.routing),
+        }
+    }
 }
 
 impl Adapter for AnyAdapter {
