@@ -4,6 +4,7 @@
 //! LoRA uses upstream PEFT's format (`peft_type` `LORA`), S'MoRE the authors' (`HIER_MOE`).
 
 mod peft;
+pub mod pickle;
 
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result, nearest};
