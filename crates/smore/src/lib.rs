@@ -18,6 +18,7 @@ pub mod adapter;
 pub mod config;
 pub mod counting;
 pub mod error;
+pub mod grow;
 pub mod init;
 pub mod kernel;
 pub mod layout;

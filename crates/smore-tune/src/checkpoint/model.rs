@@ -1,0 +1,43 @@
+//! Model folders in Hugging Face's layout.
+
+use super::folder::write_folder;
+use super::tensors::{write_tensors, write_tensors_bf16};
+use crate::error::{Error, Result};
+use crate::model::spec::DecoderSpec;
+use std::path::Path;
+
+/// Writes a Hugging Face model folder: the tensors of `spec` with these values, and the settings
+/// and tokenizer of the folder it came from.
+///
+/// # Errors
+/// If reading the source or writing fails.
+pub fn save_model(path: &Path, spec: &DecoderSpec, source: &Path, values: &[f32]) -> Result<()> {
+    write_folder(path, |dir| {
+        for name in MODEL_FILES {
+            let from = source.join(name);
+            if from.is_file() {
+                std::fs::copy(&from, dir.join(name))
+                    .map_err(|source| Error::Io { path: from, source })?;
+            }
+        }
+        let mut start = 0;
+        let mut tensors = Vec::new();
+        for (name, shape) in spec.tensors() {
+            let len: usize = shape.iter().product();
+            tensors.push((name, shape, &values[start..start + len]));
+            start += len;
+        }
+        let file = dir.join("model.safetensors");
+        if spec.bf16 { write_tensors_bf16(&file, &tensors) } else { write_tensors(&file, &tensors) }
+    })
+}
+
+/// What a model folder holds besides weights.
+const MODEL_FILES: [&str; 6] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
