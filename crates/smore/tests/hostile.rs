@@ -4,12 +4,13 @@
 use proptest::prelude::*;
 use proptest::sample::select;
 use smore::config::{
-    Activation, ActivationPosition, GateConfig, GateKind, Init, LayerConfig, RouterArchitecture,
-    SmoreConfig, Structure,
+    Activation, ActivationPosition, GateConfig, GateKind, HydraLoraConfig, Init, LayerConfig,
+    MixLoraConfig, RouterArchitecture, SmoreConfig, Structure,
 };
-use smore::layout::SmoreLayout;
-use smore::spec::SmoreSpec;
+use smore::layout::{HydraLoraLayout, MixLoraLayout, SmoreLayout};
+use smore::spec::{FfnShape, HydraLoraSpec, MixLoraSpec, SmoreSpec};
 use smore::targets::Targets;
+use smore_engine::GateActivation;
 
 /// The config's error, from its types or from its meaning.
 fn refused(json: &str) -> String {
@@ -221,6 +222,76 @@ fn empty_maps() {
     }
 }
 
+/// A sane HydraLoRA's config, changed; what is said of it on a map `[d_out, d_in]`.
+fn hydra(change: impl Fn(&mut HydraLoraConfig), d_in: usize, d_out: usize) -> String {
+    let mut config: HydraLoraConfig = serde_json::from_str(r#"{"heads": 4, "rank": 2}"#).unwrap();
+    assert_eq!(HydraLoraSpec::new(&config, 16, 16).unwrap().scale, 2.0);
+    change(&mut config);
+    HydraLoraSpec::new(&config, d_in, d_out).unwrap_err().to_string()
+}
+
+fn mix_config() -> MixLoraConfig {
+    serde_json::from_str(r#"{"experts": 4, "fanout": 2, "rank": 2}"#).unwrap()
+}
+
+fn ffn(hidden: usize, intermediate: usize, adapted: [bool; 3]) -> FfnShape {
+    FfnShape { hidden, intermediate, activation: GateActivation::Silu, adapted }
+}
+
+/// As [`hydra`], for MixLoRA in an FFN.
+fn mix(change: impl Fn(&mut MixLoraConfig), hidden: usize, intermediate: usize) -> String {
+    let mut config = mix_config();
+    let spec = MixLoraSpec::new(&config, ffn(16, 24, [true; 3])).unwrap();
+    assert_eq!((spec.scale, spec.balance_weight), (2.0, 0.01));
+    change(&mut config);
+    MixLoraSpec::new(&config, ffn(hidden, intermediate, [true; 3])).unwrap_err().to_string()
+}
+
+#[track_caller]
+fn says(error: &str, words: &[&str]) {
+    for word in words {
+        assert!(error.contains(word), "`{error}` without `{word}`");
+    }
+}
+
+#[test]
+fn baselines() {
+    for wrong in [0, 65_536, usize::MAX] {
+        let number = wrong.to_string();
+        says(&hydra(|c| c.heads = wrong, 16, 16), &["heads", &number]);
+        says(&hydra(|c| c.rank = wrong, 16, 16), &["rank", &number]);
+        says(&mix(|c| c.experts = wrong, 16, 16), &["experts", &number]);
+        says(&mix(|c| c.fanout = wrong, 16, 16), &["fanout", &number]);
+        says(&mix(|c| c.rank = wrong, 16, 16), &["rank", &number]);
+    }
+    says(&mix(|c| c.fanout = 5, 16, 16), &["fanout is 5", "experts is 4"]);
+    for wrong in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let number = wrong.to_string();
+        says(&hydra(|c| c.alpha = Some(wrong), 16, 16), &["alpha", &number]);
+        says(&mix(|c| c.alpha = Some(wrong), 16, 16), &["alpha", &number]);
+    }
+    for wrong in [-1.0, f64::NAN, f64::INFINITY] {
+        says(&mix(|c| c.balance_weight = wrong, 16, 16), &["balance_weight", &wrong.to_string()]);
+    }
+    let nothing = MixLoraSpec::new(&mix_config(), ffn(16, 16, [false; 3])).unwrap_err().to_string();
+    says(&nothing, &["targets", "gate_proj", "lora"]);
+    for [d_in, d_out] in [[0, 16], [16, 0], [1 << 40, 16], [16, 1 << 63], [usize::MAX; 2]] {
+        let huge = if d_in == 0 || d_out == 0 { "nothing to adapt" } else { "2^36" };
+        says(&hydra(|_| (), d_in, d_out), &[huge]);
+        says(&mix(|_| (), d_in, d_out), &[huge]);
+    }
+    // Each size alone is allowed, all of them together are not.
+    says(&hydra(|c| (c.heads, c.rank) = (65_535, 65_535), 32, 32), &["rank", "heads"]);
+    says(&mix(|c| (c.experts, c.rank) = (65_535, 65_535), 16, 16), &["rank", "experts"]);
+    let unknown = r#"{"heads": 4, "rank": 2, "lora_alpha": 2}"#;
+    says(
+        &serde_json::from_str::<HydraLoraConfig>(unknown).unwrap_err().to_string(),
+        &["lora_alpha"],
+    );
+    let unknown = r#"{"experts": 4, "top_k": 2, "rank": 2}"#;
+    says(&serde_json::from_str::<MixLoraConfig>(unknown).unwrap_err().to_string(), &["top_k"]);
+}
+
 /// Small numbers, the edges of every limit, and anything.
 fn size() -> impl Strategy<Value = usize> {
     prop_oneof![
@@ -310,6 +381,27 @@ proptest! {
                     prop_assert!(layer.scale.is_finite());
                     prop_assert!(layer.nodes <= 1 << 16);
                 }
+            }
+        }
+    }
+
+    /// As above, of the baselines. Layouts are built where they have few names.
+    #[test]
+    fn any_baseline_gets_an_answer(sizes in [size(), size(), size()], alpha in weight(),
+                                   balance_weight in weight(), d_in in size(), d_out in size()) {
+        let ([experts, fanout, rank], alpha) = (sizes, Some(alpha));
+        let config = HydraLoraConfig { targets: Targets::default(), heads: experts, rank, alpha };
+        if let Ok(spec) = HydraLoraSpec::new(&config, d_in, d_out) {
+            prop_assert!(spec.scale.is_finite());
+            if experts < 300 {
+                prop_assert!(HydraLoraLayout::new(&spec).len <= 1 << 36);
+            }
+        }
+        let config = MixLoraConfig { targets: Targets::default(), experts, fanout, rank, alpha, balance_weight };
+        if let Ok(spec) = MixLoraSpec::new(&config, ffn(d_in, d_out, [false, true, true])) {
+            prop_assert!(spec.scale.is_finite() && fanout <= experts);
+            if experts < 300 {
+                prop_assert!(MixLoraLayout::new(&spec).len <= 1 << 36);
             }
         }
     }

@@ -5,7 +5,9 @@ mod common;
 use common::case::cast;
 use common::slopes::check;
 use common::{close, named, numbers, on_threads, softmax, times};
-use smore::adapter::{Adapter, HydraLora, HydraLoraSaved, Lora, MapAdapter, Mode};
+use smore::adapter::{
+    Adapter, AnyAdapter, BlockAdapter, HydraLora, HydraLoraSaved, Lora, MapAdapter, Mode,
+};
 use smore::config::{HydraLoraConfig, LoraConfig};
 use smore::counting::{Multiplications, hydra_lora_parameters};
 use smore::rng::{Purpose, stream};
@@ -33,7 +35,7 @@ impl Case {
             x: numbers(n * d_in, 2),
             base: numbers(n * d_out, 3),
             g: numbers(n * d_out, 4),
-            valid: (heads % 2 == 0).then(|| (0..n).map(|t| t % 5 != 2).collect()),
+            valid: heads.is_multiple_of(2).then(|| (0..n).map(|t| t % 5 != 2).collect()),
             hydra,
         }
     }
@@ -221,6 +223,32 @@ fn the_number_of_threads_does_not_matter() {
         (y, case.gradients(0.0f32))
     };
     assert!(on_threads(1, run) == on_threads(2, run));
+}
+
+/// What holds any adapter of a map or a block hands everything on.
+#[test]
+fn behind_the_enums() {
+    let case = Case::new(2, 3, [7, 5, 9]);
+    let (want, want_grads) = (case.forward::<f64>(&case.params, &case.x), case.gradients(0.0));
+    let rng = || stream(5, Purpose::AdapterInit, 0, 0);
+    let (values, names) = (case.hydra.init(&mut rng()), case.hydra.params().to_vec());
+    let any = AnyAdapter::HydraLora(HydraLora::new(case.hydra.spec));
+    let (mut y, device) = (case.base.clone(), Cpu::<f64>::new());
+    let (params, x) =
+        (View::new(&case.params, case.params.len()), View::new(&case.x, case.x.len()));
+    let len = y.len();
+    let saved = any.forward(&device, case.mode(), params, x, ViewMut::new(&mut y, len));
+    assert_eq!(y, want.0);
+    assert_eq!(saved.routing().unwrap().tree, want.1.routing.tree);
+    let (mut grads, mut dx) = (vec![0.0; case.params.len()], vec![0.0; case.x.len()]);
+    let (target, dx_target) =
+        (ViewMut::new(&mut grads, case.params.len()), ViewMut::new(&mut dx, case.x.len()));
+    let g = View::new(&case.g, case.g.len());
+    any.backward(&device, case.mode(), 1.0, params, &saved, x, g, target, Some(dx_target));
+    assert_eq!((grads, dx), want_grads);
+    assert_eq!((any.init(&mut rng()), any.params()), (values.clone(), names.as_slice()));
+    let held = BlockAdapter::Map(any);
+    assert_eq!((held.init(&mut rng()), held.params()), (values, names.as_slice()));
 }
 
 #[test]

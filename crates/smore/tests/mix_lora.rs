@@ -5,7 +5,9 @@ mod common;
 use common::case::cast;
 use common::slopes::check;
 use common::{close, named, numbers, on_threads, softmax, times};
-use smore::adapter::{Adapter, FfnInput, FfnSlopes, Lora, MapAdapter, MixLora, MixLoraSaved, Mode};
+use smore::adapter::{
+    Adapter, BlockAdapter, FfnInput, FfnSlopes, Lora, MapAdapter, MixLora, MixLoraSaved, Mode,
+};
 use smore::config::{LoraConfig, MixLoraConfig};
 use smore::counting::{Multiplications, mix_lora_parameters};
 use smore::rng::{Purpose, stream};
@@ -101,7 +103,7 @@ impl Case {
             base: numbers(n * hidden, 5),
             dy: numbers(n * hidden, 6),
             dinner: numbers(n * intermediate, 7),
-            valid: (fanout % 2 == 0).then(|| (0..n).map(|t| t % 5 != 2).collect()),
+            valid: fanout.is_multiple_of(2).then(|| (0..n).map(|t| t % 5 != 2).collect()),
             mix,
         }
     }
@@ -181,7 +183,9 @@ impl Case {
             order.truncate(fanout);
             if self.valid.as_ref().is_none_or(|v| v[t]) {
                 rows += 1.0;
-                order.iter().for_each(|&e| load[e] += 1.0);
+                for &e in &order {
+                    load[e] += 1.0;
+                }
                 mean.iter_mut().zip(&p).for_each(|(m, p)| *m += p);
             }
             let sum: f64 = order.iter().map(|&e| p[e]).sum();
@@ -242,6 +246,9 @@ fn cases() -> Vec<Case> {
         Case::new([3, 3, 1], ALL, [7, 4, 11]),
         Case::new([2, 2, 2], ALL, [4, 3, 8]),
         Case::new([1, 1, 2], ALL, [6, 7, 9]),
+        // Experts with more tokens than are at work at once.
+        Case::new([2, 1, 2], ALL, [3, 4, 300]),
+        Case::new([3, 2, 1], ALL, [3, 4, 300]),
         // Attention's targets are plain LoRAs of the caller's.
         Case::new([4, 2, 2], &["gate_proj", "q_proj"], [6, 5, 23]),
         Case::new([3, 1, 2], &["up_proj", "down_proj"], [6, 7, 23]),
@@ -516,4 +523,8 @@ fn names() {
         ("mlp.down_proj.experts.1.lora_B.weight", &[5, 3]),
     ];
     assert_eq!(names, want);
+    let rng = || stream(5, Purpose::AdapterInit, 0, 0);
+    let (values, params) = (case.mix.init(&mut rng()), case.mix.params().to_vec());
+    let held = BlockAdapter::Ffn(case.mix);
+    assert_eq!((held.init(&mut rng()), held.params()), (values, params.as_slice()));
 }

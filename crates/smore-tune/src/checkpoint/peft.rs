@@ -1,21 +1,24 @@
-//! `adapter_config.json`, both ways.
+//! `adapter_config.json`, both ways: upstream PEFT's, the authors' and HydraLoRA's keys here,
+//! MoE-PEFT's in [`moe_peft`].
 
-use crate::config::AdapterConfig;
+use super::{Settings, moe_peft};
+use crate::config::{AdapterConfig, FullConfig};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use smore::config::{
-    Activation, GateConfig, LayerConfig, LoraConfig, RouterArchitecture, SmoreConfig, Structure,
+    Activation, GateConfig, HydraLoraConfig, LayerConfig, LoraConfig, RouterArchitecture,
+    SmoreConfig, Structure,
 };
 use smore::targets::Targets;
-use std::path::Path;
 
 type Reading<T> = std::result::Result<T, String>;
 
 /// The file's text: keys sorted, two spaces, as PEFT writes it.
-pub(super) fn to_json(config: &AdapterConfig, base: &Path) -> String {
+pub(super) fn to_json(settings: &Settings) -> String {
+    let config = &settings.config;
     let Some(targets) = config.targets() else { return "{}\n".into() };
     let mut keys = match config {
-        AdapterConfig::Smore(c) => smore_keys(c),
+        AdapterConfig::Smore(c) => smore_keys(c, &settings.router_widths),
         AdapterConfig::Lora(c) => lora_keys(c),
         AdapterConfig::HydraLora(c) => hydra_keys(c),
         AdapterConfig::MixLora(c) => moe_peft::mix_lora_keys(c),
@@ -23,7 +26,7 @@ pub(super) fn to_json(config: &AdapterConfig, base: &Path) -> String {
     };
     let common = json!({
         "auto_mapping": null,
-        "base_model_name_or_path": base.to_string_lossy(),
+        "base_model_name_or_path": settings.base,
         "bias": "none",
         "exclude_modules": targets.exclude,
         "inference_mode": true,
@@ -64,7 +67,7 @@ fn number(x: f64) -> Value {
     if x.fract() == 0.0 && x.abs() < 1e15 { json!(x as i64) } else { json!(x) }
 }
 
-fn smore_keys(c: &SmoreConfig) -> Value {
+fn smore_keys(c: &SmoreConfig, router_widths: &[usize]) -> Value {
     let each = |f: fn(&LayerConfig) -> usize| c.layers.iter().map(f).collect::<Vec<_>>();
     let scaled = c.layers.iter().any(|l| l.lora_alpha.is_some());
     // The authors' list is all or nothing; a layer without alpha has scale 1, that is alpha = r.
@@ -78,7 +81,7 @@ fn smore_keys(c: &SmoreConfig) -> Value {
         "expert_dims": each(|l| l.rank),
         "gate_act_fn": c.gate.activation,
         "gate_arch": c.gate.architecture,
-        "gate_dims": vec![c.gate.router_width; c.layers.len()],
+        "gate_dims": router_widths,
         "gate_type": c.gate.kind,
         "init_method": c.init,
         "init_moe_weights": true,
@@ -102,27 +105,75 @@ fn smore_keys(c: &SmoreConfig) -> Value {
     keys
 }
 
-/// The adapter that the file describes, and the router width of every layer of S'MoRE.
-pub(super) fn from_json(text: &str) -> Reading<(AdapterConfig, Vec<usize>)> {
-    let json: Value = serde_json::from_str(text).map_err(|e| format!("not valid JSON: {e}"))?;
-    let keys = json.as_object().ok_or("not a JSON object")?;
-    match keys.get("peft_type").and_then(Value::as_str) {
-        Some("LORA") => Ok((AdapterConfig::Lora(lora(keys)?), vec![])),
-        Some("HIER_MOE") => {
-            let (config, widths) = hier_moe(keys)?;
-            Ok((AdapterConfig::Smore(config), widths))
-        }
-        Some(other) => Err(format!("peft_type is `{other}`; expected LORA or HIER_MOE")),
-        None => Err("no `peft_type`; is this an adapter's folder?".into()),
-    }
+/// What HydraLoRA's fork writes: a LoRA's keys and the number of heads.
+fn hydra_keys(c: &HydraLoraConfig) -> Value {
+    json!({
+        "fan_in_fan_out": false,
+        "init_lora_weights": true,
+        "lora_alpha": number(c.alpha.unwrap_or(2.0 * c.rank as f64)),
+        "lora_dropout": 0.0,
+        "lora_nums": c.heads,
+        "peft_type": "LORA",
+        "r": c.rank,
+    })
 }
 
-fn read<T: serde::de::DeserializeOwned>(keys: &Map<String, Value>, key: &str) -> Reading<T> {
+/// The adapter that the file describes.
+pub(super) fn from_json(text: &str) -> Reading<Settings> {
+    let json: Value = serde_json::from_str(text).map_err(|e| format!("not valid JSON: {e}"))?;
+    let keys = json.as_object().ok_or("not a JSON object")?;
+    let mut settings = Settings {
+        config: AdapterConfig::Full(FullConfig::default()),
+        router_widths: vec![],
+        base: optional(keys, "base_model_name_or_path")?,
+        mixture: None,
+        activation: None,
+    };
+    settings.config = match keys.get("peft_type").and_then(Value::as_str) {
+        Some("LORA") if keys.get("lora_nums").is_some_and(|n| !n.is_null()) => {
+            AdapterConfig::HydraLora(hydra_lora(keys)?)
+        }
+        // Only PEFT's own files say whether a sub-set of the layers is meant.
+        Some("LORA") if keys.get("target_modules").is_some_and(Value::is_object) => {
+            AdapterConfig::Lora(moe_peft::lora(keys)?)
+        }
+        Some("LORA") => AdapterConfig::Lora(lora(keys)?),
+        Some("HIER_MOE") => {
+            let arch = keys.get("moe_arch").and_then(Value::as_str).unwrap_or("smore");
+            if arch != "smore" {
+                return Err(format!("moe_arch is `{arch}`; expected `smore`"));
+            }
+            let (config, widths) = hier_moe(keys)?;
+            settings.router_widths = widths;
+            AdapterConfig::Smore(config)
+        }
+        Some("MIXLORA") => {
+            let (config, activation) = moe_peft::mix_lora(keys)?;
+            settings.activation = activation;
+            config
+        }
+        Some(kind @ ("LORAMOE" | "MOLA")) => {
+            let (config, mixture) = moe_peft::flat_mixture(keys, kind)?;
+            settings.router_widths = vec![1];
+            settings.mixture = Some(mixture);
+            config
+        }
+        Some(other) => {
+            return Err(format!(
+                "peft_type is `{other}`; expected LORA, HIER_MOE, MIXLORA, LORAMOE or MOLA"
+            ));
+        }
+        None => return Err("no `peft_type`; is this an adapter's folder?".into()),
+    };
+    Ok(settings)
+}
+
+pub(super) fn read<T: serde::de::DeserializeOwned>(keys: &Map<String, Value>, key: &str) -> Reading<T> {
     let value = keys.get(key).ok_or_else(|| format!("no key `{key}`"))?;
     serde_json::from_value(value.clone()).map_err(|e| format!("{key} is {value}: {e}"))
 }
 
-fn optional<T: serde::de::DeserializeOwned>(
+pub(super) fn optional<T: serde::de::DeserializeOwned>(
     keys: &Map<String, Value>,
     key: &str,
 ) -> Reading<Option<T>> {
@@ -130,7 +181,7 @@ fn optional<T: serde::de::DeserializeOwned>(
 }
 
 /// Refuses settings that would change the function and that we do not compute.
-fn refuse(keys: &Map<String, Value>, unsupported: &[&str]) -> Reading<()> {
+pub(super) fn refuse(keys: &Map<String, Value>, unsupported: &[&str]) -> Reading<()> {
     for &key in unsupported {
         let on = match keys.get(key) {
             None | Some(Value::Null | Value::Bool(false)) => false,
@@ -193,6 +244,12 @@ fn lora(keys: &Map<String, Value>) -> Reading<LoraConfig> {
             "trainable_token_indices",
             "target_parameters",
             "alora_invocation_tokens",
+            "use_qalora",
+            "use_bdlora",
+            "velora_config",
+            "monteclora_config",
+            "arrow_config",
+            "kasa_config",
         ],
     )?;
     Ok(LoraConfig {
@@ -203,6 +260,14 @@ fn lora(keys: &Map<String, Value>) -> Reading<LoraConfig> {
         rank_pattern: optional(keys, "rank_pattern")?.unwrap_or_default(),
         alpha_pattern: optional(keys, "alpha_pattern")?.unwrap_or_default(),
     })
+}
+
+fn hydra_lora(keys: &Map<String, Value>) -> Reading<HydraLoraConfig> {
+    let LoraConfig { targets, rank, alpha, rslora, .. } = lora(keys)?;
+    refuse(keys, &["rank_pattern", "alpha_pattern"])?;
+    // alpha / sqrt(r) = (alpha sqrt(r)) / r
+    let alpha = alpha.map(|a| if rslora { a * (rank as f64).sqrt() } else { a });
+    Ok(HydraLoraConfig { targets, heads: read(keys, "lora_nums")?, rank, alpha })
 }
 
 fn hier_moe(keys: &Map<String, Value>) -> Reading<(SmoreConfig, Vec<usize>)> {

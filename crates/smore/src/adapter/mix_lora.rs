@@ -10,8 +10,9 @@
 //!
 //! W_down is linear, so it meets the mixture sum_e p_e h_e once: the caller's part, as are the base
 //! products W_gate x and W_up x, which all experts share. What is left costs each chosen pair of
-//! token and expert once: expert by expert, on the rows of its tokens. Nothing as large as
-//! `n x E x intermediate` ever exists, and backward computes h_e again.
+//! token and expert once: expert by expert, on the rows of its tokens, some at a time, in memory
+//! that is used again. Nothing as large as `n x k x intermediate` ever exists, and backward computes
+//! h_e again.
 
 use super::{Adapter, Mode};
 use crate::config::GateKind;
@@ -22,8 +23,11 @@ use crate::router::{Gate, flat};
 use crate::spec::MixLoraSpec;
 use crate::tree::TreeLayer;
 use rand::Rng;
-use smore_engine::{Device, Mat, MatrixRef, View, ViewMut};
+use smore_engine::{Device, Mat, MatMut, MatrixRef, View, ViewMut};
 use std::ops::Range;
+
+/// Pairs of token and expert whose values are alive at once.
+const PIECE: usize = 128;
 
 /// MixLoRA in one FFN.
 pub struct MixLora {
@@ -97,11 +101,11 @@ impl MixLora {
         let routing = flat::route(self.gate(), balance_weight, &logits, mode.valid);
         device.clear(inner.rb());
         let pairs = Pairs::new(device, &routing.tree.layers[0], self.spec);
-        for run in &pairs.runs {
-            let pass = Pass { adapter: self, device, params, e: run.expert };
-            let tokens = &pairs.tokens[run.range.clone()];
-            let rows = pass.hidden(tokens, View::new(&z, n * width), input);
-            pass.forward(tokens, pairs.weights(run), rows, inner.rb(), y.rb());
+        let mut rows = Rows::new(device, &self.spec, pairs.nodes.len(), false);
+        for piece in &pairs.pieces {
+            let pass = Pass::new(self, device, params, &pairs, piece);
+            pass.hidden(&mut rows, View::new(&z, n * width), input);
+            pass.forward(&mut rows, inner.rb(), y.rb());
         }
         MixLoraSaved { z, routing }
     }
@@ -129,19 +133,17 @@ impl MixLora {
         let z = View::new(&saved.z, n * width);
         let pairs = Pairs::new(device, &saved.routing.tree.layers[0], self.spec);
         let (mut dz, mut dweights) = (device.zeros(n * width), device.zeros(n * fanout));
-        for run in &pairs.runs {
-            let pass = Pass { adapter: self, device, params, e: run.expert };
-            let tokens = &pairs.tokens[run.range.clone()];
-            let rows = pass.hidden(tokens, z, input);
-            let dots = ViewMut::new(&mut dweights, n * fanout).at(run.range.clone());
-            let weights = pairs.weights(run);
-            let dh = pass.down_backward(tokens, weights, &rows, dy, dinner, grads.rb(), dots);
-            let (dgate, dup) = pass.gated_backward(&rows, dh);
-            let dz = ViewMut::new(&mut dz, n * width);
-            pass.factors_backward(tokens, &rows, &dgate, &dup, grads.rb(), dz);
+        let mut rows = Rows::new(device, &self.spec, pairs.nodes.len(), true);
+        for piece in &pairs.pieces {
+            let pass = Pass::new(self, device, params, &pairs, piece);
+            pass.hidden(&mut rows, z, input);
+            let dots = ViewMut::new(&mut dweights, n * fanout).at(piece.pairs.clone());
+            pass.down_backward(&mut rows, dy, dinner, grads.rb(), dots);
+            pass.gated_backward(&mut rows);
+            pass.factors_backward(&mut rows, grads.rb(), ViewMut::new(&mut dz, n * width));
             if let Some(d) = &mut dinput {
-                pass.scatter(tokens, &dgate, d.gate.rb());
-                pass.scatter(tokens, &dup, d.up.rb());
+                pass.scatter(&rows.dgate, self.spec.intermediate, d.gate.rb());
+                pass.scatter(&rows.dup, self.spec.intermediate, d.up.rb());
             }
         }
         let dweights = pairs.by_node(&device.download(View::new(&dweights, n * fanout)));
@@ -194,14 +196,13 @@ struct Pairs<D: Device> {
     nodes: Vec<usize>,
     /// Gate weight of each pair.
     weights: D::Buf,
-    /// Experts that were chosen at all.
-    runs: Vec<Run>,
+    /// At most [`PIECE`] pairs each, of one expert.
+    pieces: Vec<Piece>,
 }
 
-/// The pairs of one expert.
-struct Run {
+struct Piece {
     expert: usize,
-    range: Range<usize>,
+    pairs: Range<usize>,
 }
 
 impl<D: Device> Pairs<D> {
@@ -210,28 +211,24 @@ impl<D: Device> Pairs<D> {
         let mut nodes: Vec<usize> = (0..layer.expert_idx.len()).collect();
         // A stable sort: an expert's tokens stay in order.
         nodes.sort_by_key(expert);
-        let same = |a: &usize, b: &usize| expert(a) == expert(b);
-        let runs = nodes.chunk_by(same).scan(0, |start, run| {
-            let range = *start..*start + run.len();
-            *start = range.end;
-            Some(Run { expert: expert(&run[0]), range })
-        });
+        let mut pieces: Vec<Piece> = Vec::new();
+        let of_experts = nodes.chunk_by(|a, b| expert(a) == expert(b));
+        for piece in of_experts.flat_map(|nodes| nodes.chunks(PIECE)) {
+            let start = pieces.last().map_or(0, |p| p.pairs.end);
+            pieces.push(Piece { expert: expert(&piece[0]), pairs: start..start + piece.len() });
+        }
         let weights: Vec<_> = nodes.iter().map(|&node| layer.gate_weight[node]).collect();
         Self {
-            runs: runs.collect(),
             tokens: nodes.iter().map(|node| (node / spec.fanout) as u32).collect(),
             weights: device.upload(&weights),
             nodes,
+            pieces,
         }
     }
 
-    fn weights(&self, run: &Run) -> View<'_, D> {
-        View::new(&self.weights, self.nodes.len()).at(run.range.clone())
-    }
-
     /// One number per pair, in the order of the tree.
-    fn by_node<T: Copy + Default>(&self, values: &[T]) -> Vec<T> {
-        let mut ordered = vec![T::default(); values.len()];
+    fn by_node(&self, values: &[D::Elem]) -> Vec<D::Elem> {
+        let mut ordered = values.to_vec();
         for (&node, &value) in self.nodes.iter().zip(values) {
             ordered[node] = value;
         }
@@ -239,195 +236,227 @@ impl<D: Device> Pairs<D> {
     }
 }
 
-/// What expert e makes of its m tokens.
+/// Values of the pairs at hand, one row per pair; those of the next take their place.
 struct Rows<D: Device> {
-    m: usize,
-    /// Rows of the stacked projection, `[m, stack_width]`
+    /// Rows of the stacked projection, `[m, stack_width]`, and slopes by them
     z: D::Buf,
-    /// g_e and u_e, `[m, intermediate]`
+    dz: D::Buf,
+    /// g_e, u_e and h_e, `[m, intermediate]`, and slopes by them
     gate: D::Buf,
     up: D::Buf,
-    /// h_e, `[m, intermediate]`
     inner: D::Buf,
+    dgate: D::Buf,
+    dup: D::Buf,
+    dinner: D::Buf,
+    /// A_down h_e, `[m, r]`, and slopes by it
+    low: D::Buf,
+    dlow: D::Buf,
+    /// What is added to y or slopes by y, `[m, hidden]`
+    y: D::Buf,
 }
 
-/// Expert e at work.
+impl<D: Device> Rows<D> {
+    fn new(device: &D, spec: &MixLoraSpec, pairs: usize, backward: bool) -> Self {
+        let rows = |width: usize| device.zeros(pairs.min(PIECE) * width);
+        let slopes = |width: usize| rows(if backward { width } else { 0 });
+        Self {
+            z: rows(spec.stack_width()),
+            dz: slopes(spec.stack_width()),
+            gate: rows(spec.intermediate),
+            up: rows(spec.intermediate),
+            inner: rows(spec.intermediate),
+            dgate: slopes(spec.intermediate),
+            dup: slopes(spec.intermediate),
+            dinner: slopes(spec.intermediate),
+            low: rows(spec.rank),
+            dlow: slopes(spec.rank),
+            y: rows(spec.hidden),
+        }
+    }
+}
+
+/// One expert at work on m of its tokens.
 struct Pass<'a, D: Device> {
     adapter: &'a MixLora,
     device: &'a D,
     params: View<'a, D>,
-    e: usize,
+    expert: usize,
+    tokens: &'a [u32],
+    /// p_e of each token
+    weights: View<'a, D>,
 }
 
-impl<D: Device> Pass<'_, D> {
-    fn view<'b>(&self, buf: &'b D::Buf) -> View<'b, D> {
-        View::new(buf, self.device.len(buf))
+impl<'a, D: Device> Pass<'a, D> {
+    fn new(
+        adapter: &'a MixLora,
+        device: &'a D,
+        params: View<'a, D>,
+        pairs: &'a Pairs<D>,
+        piece: &Piece,
+    ) -> Self {
+        let weights = View::new(&pairs.weights, pairs.nodes.len()).at(piece.pairs.clone());
+        let tokens = &pairs.tokens[piece.pairs.clone()];
+        Self { adapter, device, params, expert: piece.expert, tokens, weights }
     }
 
-    fn view_mut<'b>(&self, buf: &'b mut D::Buf) -> ViewMut<'b, D> {
-        let len = self.device.len(buf);
-        ViewMut::new(buf, len)
+    /// The rows in use.
+    fn rows<'b>(&self, buf: &'b D::Buf, width: usize) -> View<'b, D> {
+        View::new(buf, self.tokens.len() * width)
+    }
+
+    fn rows_mut<'b>(&self, buf: &'b mut D::Buf, width: usize) -> ViewMut<'b, D> {
+        ViewMut::new(buf, self.tokens.len() * width)
+    }
+
+    fn mat<'b>(&self, buf: &'b D::Buf, width: usize) -> Mat<'b, D> {
+        self.rows(buf, width).mat(self.tokens.len(), width)
+    }
+
+    fn mat_mut<'b>(&self, buf: &'b mut D::Buf, width: usize) -> MatMut<'b, D> {
+        self.rows_mut(buf, width).mat(self.tokens.len(), width)
     }
 
     /// The tokens' rows of `all`, which are `width` wide.
-    fn gather(&self, tokens: &[u32], all: View<D>, width: usize) -> D::Buf {
-        let mut rows = self.device.zeros(tokens.len() * width);
+    fn gather(&self, all: View<D>, width: usize, rows: &mut D::Buf) {
         let table = MatrixRef::Trained(all, all.len / width, width);
-        self.device.embedding(tokens, table, self.view_mut(&mut rows));
-        rows
+        self.device.embedding(self.tokens, table, self.rows_mut(rows, width));
     }
 
     /// Adds `rows` to the tokens' rows of `all`.
-    fn scatter(&self, tokens: &[u32], rows: &D::Buf, all: ViewMut<D>) {
-        self.device.embedding_backward(tokens, self.view(rows), all);
+    fn scatter(&self, rows: &D::Buf, width: usize, all: ViewMut<D>) {
+        self.device.embedding_backward(self.tokens, self.rows(rows, width), all);
     }
 
-    /// A or B, whose first expert's starts at `first`.
+    /// Elements of the expert's A or B, of which the first expert's starts at `first`.
     fn factor(&self, first: usize, rows: usize, cols: usize) -> Range<usize> {
         let len = rows * cols;
-        first + self.e * len..first + (self.e + 1) * len
+        first + self.expert * len..first + (self.expert + 1) * len
     }
 
-    /// First column of A x in the stacked projection.
+    /// First column of the expert's A x in the stacked projection.
     fn column(&self, factors: ExpertFactors) -> usize {
-        factors.a / self.adapter.spec.hidden + self.e * self.adapter.spec.rank
+        factors.a / self.adapter.spec.hidden + self.expert * self.adapter.spec.rank
     }
 
-    /// A x of this expert in rows of the stacked projection.
-    fn projected<'b>(&self, factors: ExpertFactors, z: &'b D::Buf, m: usize) -> Mat<'b, D> {
+    /// The expert's A x in rows of the stacked projection, `[m, r]`.
+    fn projected<'b>(&self, factors: ExpertFactors, z: &'b D::Buf) -> Mat<'b, D> {
         let MixLoraSpec { rank, .. } = self.adapter.spec;
-        let (width, z) = (self.adapter.spec.stack_width(), self.view(z));
-        z.at(self.column(factors)..z.len).mat_strided(m, rank, width)
+        let width = self.adapter.spec.stack_width();
+        let z = self.rows(z, width);
+        z.at(self.column(factors)..z.len).mat_strided(self.tokens.len(), rank, width)
     }
 
     /// g_e, u_e and h_e.
-    fn hidden(&self, tokens: &[u32], z: View<D>, input: FfnInput<D>) -> Rows<D> {
+    fn hidden(&self, rows: &mut Rows<D>, z: View<D>, input: FfnInput<D>) {
         let MixLoraSpec { intermediate, rank, scale, .. } = self.adapter.spec;
-        let (layout, m) = (&self.adapter.layout, tokens.len());
-        let z = self.gather(tokens, z, self.adapter.spec.stack_width());
-        let adapted = |base: View<D>, factors: Option<ExpertFactors>| {
-            let mut rows = self.gather(tokens, base, intermediate);
+        let layout = &self.adapter.layout;
+        self.gather(z, self.adapter.spec.stack_width(), &mut rows.z);
+        let maps = [
+            (input.gate, layout.gate_proj, &mut rows.gate),
+            (input.up, layout.up_proj, &mut rows.up),
+        ];
+        for (base, factors, out) in maps {
+            self.gather(base, intermediate, out);
             if let Some(f) = factors {
                 let b = self.params.at(self.factor(f.b, intermediate, rank));
-                let (b, low) = (b.mat(intermediate, rank), self.projected(f, &z, m));
-                let target = self.view_mut(&mut rows).mat(m, intermediate);
-                self.device.gemm(scale, low, b.t(), 1.0, target);
+                let (b, low) = (b.mat(intermediate, rank), self.projected(f, &rows.z));
+                self.device.gemm(scale, low, b.t(), 1.0, self.mat_mut(out, intermediate));
             }
-            rows
-        };
-        let gate = adapted(input.gate, layout.gate_proj);
-        let up = adapted(input.up, layout.up_proj);
-        let mut inner = self.device.zeros(m * intermediate);
-        let target = self.view_mut(&mut inner);
+        }
+        let (gate, up) = (self.rows(&rows.gate, intermediate), self.rows(&rows.up, intermediate));
         let act = self.adapter.spec.activation;
-        self.device.gated(act, self.view(&gate), self.view(&up), target);
-        Rows { m, z, gate, up, inner }
+        self.device.gated(act, gate, up, self.rows_mut(&mut rows.inner, intermediate));
     }
 
-    /// A_down h_e, `[m, r]`.
-    fn low(&self, factors: ExpertFactors, rows: &Rows<D>) -> D::Buf {
+    /// A_down h_e.
+    fn project_down(&self, factors: ExpertFactors, inner: &D::Buf, low: &mut D::Buf) {
         let MixLoraSpec { intermediate, rank, .. } = self.adapter.spec;
         let a = self.params.at(self.factor(factors.a, rank, intermediate)).mat(rank, intermediate);
-        let mut low = self.device.zeros(rows.m * rank);
-        let target = self.view_mut(&mut low).mat(rows.m, rank);
-        let inner = self.view(&rows.inner).mat(rows.m, intermediate);
-        self.device.gemm(1.0, inner, a.t(), 0.0, target);
-        low
+        let target = self.mat_mut(low, rank);
+        self.device.gemm(1.0, self.mat(inner, intermediate), a.t(), 0.0, target);
     }
 
     /// inner += p h_e and y += p s B_down A_down h_e.
-    fn forward(
-        &self,
-        tokens: &[u32],
-        weights: View<D>,
-        mut rows: Rows<D>,
-        inner: ViewMut<D>,
-        y: ViewMut<D>,
-    ) {
-        let MixLoraSpec { hidden, rank, scale, .. } = self.adapter.spec;
+    fn forward(&self, rows: &mut Rows<D>, inner: ViewMut<D>, y: ViewMut<D>) {
+        let MixLoraSpec { hidden, intermediate, rank, scale, .. } = self.adapter.spec;
         if let Some(f) = self.adapter.layout.down_proj {
-            let mut low = self.low(f, &rows);
-            self.device.scale_rows(weights, self.view_mut(&mut low));
+            self.project_down(f, &rows.inner, &mut rows.low);
+            self.device.scale_rows(self.weights, self.rows_mut(&mut rows.low, rank));
             let b = self.params.at(self.factor(f.b, hidden, rank)).mat(hidden, rank);
-            let mut out = self.device.zeros(rows.m * hidden);
-            let target = self.view_mut(&mut out).mat(rows.m, hidden);
-            self.device.gemm(scale, self.view(&low).mat(rows.m, rank), b.t(), 0.0, target);
-            self.scatter(tokens, &out, y);
+            let target = self.mat_mut(&mut rows.y, hidden);
+            self.device.gemm(scale, self.mat(&rows.low, rank), b.t(), 0.0, target);
+            self.scatter(&rows.y, hidden, y);
         }
-        self.device.scale_rows(weights, self.view_mut(&mut rows.inner));
-        self.scatter(tokens, &rows.inner, inner);
+        self.device.scale_rows(self.weights, self.rows_mut(&mut rows.inner, intermediate));
+        self.scatter(&rows.inner, intermediate, inner);
     }
 
-    /// The backward pass of [`Pass::forward`]: slopes by h_e, `[m, intermediate]`, and by the gate
-    /// weights into `dweights [m]`, which holds zeros.
+    /// The backward pass of [`Pass::forward`]: slopes by h_e, and by p_e into `dweights [m]`, which
+    /// holds zeros.
     fn down_backward(
         &self,
-        tokens: &[u32],
-        weights: View<D>,
-        rows: &Rows<D>,
+        rows: &mut Rows<D>,
         dy: View<D>,
         dinner: View<D>,
         mut grads: ViewMut<D>,
         mut dweights: ViewMut<D>,
-    ) -> D::Buf {
+    ) {
         let MixLoraSpec { hidden, intermediate, rank, scale, .. } = self.adapter.spec;
-        let (device, m) = (self.device, rows.m);
-        let mut dh = self.gather(tokens, dinner, intermediate);
-        device.row_dots(self.view(&dh), self.view(&rows.inner), dweights.rb());
-        device.scale_rows(weights, self.view_mut(&mut dh));
-        let Some(f) = self.adapter.layout.down_proj else { return dh };
+        let device = self.device;
+        let by_weight = |rows: &mut D::Buf, width| {
+            device.scale_rows(self.weights, self.rows_mut(rows, width));
+        };
+        self.gather(dinner, intermediate, &mut rows.dinner);
+        let dinner = self.rows(&rows.dinner, intermediate);
+        device.row_dots(dinner, self.rows(&rows.inner, intermediate), dweights.rb());
+        by_weight(&mut rows.dinner, intermediate);
+        let Some(f) = self.adapter.layout.down_proj else { return };
         let (a, b) = (self.factor(f.a, rank, intermediate), self.factor(f.b, hidden, rank));
-        let dy = self.gather(tokens, dy, hidden);
-        let dy = self.view(&dy).mat(m, hidden);
-        let (mut low, mut dlow) = (self.low(f, rows), device.zeros(m * rank));
-        let target = self.view_mut(&mut dlow).mat(m, rank);
+        self.gather(dy, hidden, &mut rows.y);
+        self.project_down(f, &rows.inner, &mut rows.low);
+        let (dy, target) = (self.mat(&rows.y, hidden), self.mat_mut(&mut rows.dlow, rank));
         device.gemm(scale, dy, self.params.at(b.clone()).mat(hidden, rank), 0.0, target);
-        device.row_dots(self.view(&dlow), self.view(&low), dweights);
-        for rows in [&mut low, &mut dlow] {
-            device.scale_rows(weights, self.view_mut(rows));
-        }
-        let (low, dlow) = (self.view(&low).mat(m, rank), self.view(&dlow).mat(m, rank));
+        device.row_dots(self.rows(&rows.dlow, rank), self.rows(&rows.low, rank), dweights);
+        by_weight(&mut rows.low, rank);
+        by_weight(&mut rows.dlow, rank);
+        let (low, dlow) = (self.mat(&rows.low, rank), self.mat(&rows.dlow, rank));
         device.gemm(scale, dy.t(), low, 1.0, grads.rb().at(b).mat(hidden, rank));
-        let inner = self.view(&rows.inner).mat(m, intermediate);
+        let inner = self.mat(&rows.inner, intermediate);
         device.gemm(1.0, dlow.t(), inner, 1.0, grads.at(a.clone()).mat(rank, intermediate));
-        let target = self.view_mut(&mut dh).mat(m, intermediate);
+        let target = self.mat_mut(&mut rows.dinner, intermediate);
         device.gemm(1.0, dlow, self.params.at(a).mat(rank, intermediate), 1.0, target);
-        dh
     }
 
     /// Slopes by g_e and u_e.
-    fn gated_backward(&self, rows: &Rows<D>, dh: D::Buf) -> (D::Buf, D::Buf) {
-        let len = self.device.len(&dh);
-        let (mut dgate, mut dup) = (self.device.zeros(len), self.device.zeros(len));
-        let (gate, up, dh) = (self.view(&rows.gate), self.view(&rows.up), self.view(&dh));
-        let targets = (ViewMut::new(&mut dgate, len), ViewMut::new(&mut dup, len));
-        let act = self.adapter.spec.activation;
-        self.device.gated_backward(act, gate, up, dh, targets.0, targets.1);
-        (dgate, dup)
+    fn gated_backward(&self, rows: &mut Rows<D>) {
+        let width = self.adapter.spec.intermediate;
+        self.device.clear(self.rows_mut(&mut rows.dgate, width));
+        self.device.clear(self.rows_mut(&mut rows.dup, width));
+        self.device.gated_backward(
+            self.adapter.spec.activation,
+            self.rows(&rows.gate, width),
+            self.rows(&rows.up, width),
+            self.rows(&rows.dinner, width),
+            self.rows_mut(&mut rows.dgate, width),
+            self.rows_mut(&mut rows.dup, width),
+        );
     }
 
     /// Gradients of the factors B on the gate and up maps, and slopes by A x onto `dz`.
-    fn factors_backward(
-        &self,
-        tokens: &[u32],
-        rows: &Rows<D>,
-        dgate: &D::Buf,
-        dup: &D::Buf,
-        mut grads: ViewMut<D>,
-        dz: ViewMut<D>,
-    ) {
+    fn factors_backward(&self, rows: &mut Rows<D>, mut grads: ViewMut<D>, dz: ViewMut<D>) {
         let MixLoraSpec { intermediate, rank, scale, .. } = self.adapter.spec;
-        let (layout, m, width) = (&self.adapter.layout, rows.m, self.adapter.spec.stack_width());
-        let mut own = self.device.zeros(m * width);
-        for (factors, d) in [(layout.gate_proj, dgate), (layout.up_proj, dup)] {
+        let (layout, width) = (&self.adapter.layout, self.adapter.spec.stack_width());
+        let m = self.tokens.len();
+        self.device.clear(self.rows_mut(&mut rows.dz, width));
+        for (factors, d) in [(layout.gate_proj, &rows.dgate), (layout.up_proj, &rows.dup)] {
             let Some(f) = factors else { continue };
-            let (b, d) = (self.factor(f.b, intermediate, rank), self.view(d).mat(m, intermediate));
+            let (b, d) = (self.factor(f.b, intermediate, rank), self.mat(d, intermediate));
             let db = grads.rb().at(b.clone()).mat(intermediate, rank);
-            self.device.gemm(scale, d.t(), self.projected(f, &rows.z, m), 1.0, db);
-            let target = self.view_mut(&mut own).at(self.column(f)..m * width);
+            self.device.gemm(scale, d.t(), self.projected(f, &rows.z), 1.0, db);
+            let target = self.rows_mut(&mut rows.dz, width).at(self.column(f)..m * width);
             let b = self.params.at(b).mat(intermediate, rank);
             self.device.gemm(scale, d, b, 0.0, target.mat_strided(m, rank, width));
         }
-        self.scatter(tokens, &own, dz);
+        self.scatter(&rows.dz, width, dz);
     }
 }

@@ -1,0 +1,199 @@
+//! `smore_manifest.json`: what an adapter was made from and with, beside PEFT's files, which have
+//! no place for it.
+
+use super::folder::write;
+use crate::data::Dataset;
+use crate::error::{Error, Result};
+use crate::routing::LayerUsage;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::path::Path;
+
+/// The file's name.
+pub const NAME: &str = "smore_manifest.json";
+
+/// Where an adapter comes from. Fields that do not apply are absent.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of this program.
+    pub version: String,
+    /// The base model.
+    pub base: BaseFiles,
+    /// Seed of the run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seed: Option<u64>,
+    /// Optimizer steps.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub steps: Option<usize>,
+    /// The adapter it was grown from, or continues.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+    /// What it was trained on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<DataReport>,
+    /// How the experts were used on the held-out samples, or the training samples where none are
+    /// held out.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub routing: Vec<LayerUsage>,
+}
+
+/// SHA-256 of the base's files, in hexadecimal, by file name.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseFiles {
+    /// `config.json` and the files of weights.
+    pub weights: BTreeMap<String, String>,
+    /// What turns text into tokens and back.
+    pub tokenizer: BTreeMap<String, String>,
+    /// The chat template, where it is a file of its own; else it is in `tokenizer_config.json`.
+    pub template: BTreeMap<String, String>,
+}
+
+/// What was read, kept and trained on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct DataReport {
+    /// SHA-256 of every data file, by path.
+    pub files: BTreeMap<String, String>,
+    /// Samples trained on.
+    pub train_samples: usize,
+    /// Tokens of those samples that are trained.
+    pub train_tokens: usize,
+    /// Samples held out.
+    pub validation_samples: usize,
+}
+
+impl Manifest {
+    /// The manifest of something made here on the model in `folder`.
+    ///
+    /// # Errors
+    /// If a file of the model cannot be read.
+    pub fn new(folder: &Path) -> Result<Self> {
+        let version = env!("CARGO_PKG_VERSION").to_owned();
+        Ok(Self { version, base: BaseFiles::of(folder)?, ..Self::default() })
+    }
+
+    /// Reads the file in an adapter's folder; none where the adapter was made elsewhere.
+    ///
+    /// # Errors
+    /// If there is one that cannot be read.
+    pub fn read(folder: &Path) -> Result<Option<Self>> {
+        let file = folder.join(NAME);
+        let text = match std::fs::read_to_string(&file) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::Io { path: file, source }),
+        };
+        serde_json::from_str(&text)
+            .map(Some)
+            .map_err(|e| Error::Adapter { file, message: format!("not a manifest: {e}") })
+    }
+
+    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        let text = serde_json::to_string_pretty(self)
+            .map_err(|e| Error::Run(format!("the manifest cannot be written as JSON: {e}")))?;
+        write(&folder.join(NAME), format!("{text}\n").as_bytes())
+    }
+}
+
+impl BaseFiles {
+    /// Hashes the files of a model folder, several at a time.
+    ///
+    /// # Errors
+    /// If one cannot be read.
+    pub fn of(folder: &Path) -> Result<Self> {
+        let io = |source| Error::Io { path: folder.to_owned(), source };
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(io)? {
+            names.push(entry.map_err(io)?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        let hash = |wanted: fn(&str) -> bool| -> Result<BTreeMap<String, String>> {
+            let names: Vec<&String> = names.iter().filter(|n| wanted(n)).collect();
+            names.par_iter().map(|&n| Ok((n.clone(), sha256(&folder.join(n))?))).collect()
+        };
+        Ok(Self {
+            weights: hash(|n| n == "config.json" || n.ends_with(".safetensors"))?,
+            tokenizer: hash(|n| {
+                ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"].contains(&n)
+            })?,
+            template: hash(|n| n == "chat_template.jinja")?,
+        })
+    }
+
+    /// The first file in which two models differ.
+    pub fn difference<'a>(&'a self, other: &'a Self) -> Option<&'a str> {
+        let pairs = [
+            (&self.weights, &other.weights),
+            (&self.tokenizer, &other.tokenizer),
+            (&self.template, &other.template),
+        ];
+        pairs.into_iter().find_map(|(a, b)| {
+            let missing = b.keys().find(|name| !a.contains_key(*name));
+            let changed = a.iter().find(|(name, hash)| b.get(*name) != Some(hash));
+            changed.map(|(name, _)| name).or(missing).map(String::as_str)
+        })
+    }
+}
+
+impl DataReport {
+    /// The report of a data set read from `files`.
+    ///
+    /// # Errors
+    /// If a file cannot be read any more.
+    pub fn of<'a>(data: &Dataset, files: impl Iterator<Item = &'a Path>) -> Result<Self> {
+        let hashes = files.map(|path| Ok((path.display().to_string(), sha256(path)?)));
+        Ok(Self {
+            files: hashes.collect::<Result<_>>()?,
+            train_samples: data.train.len(),
+            train_tokens: data.train.iter().map(|s| s.trained.iter().filter(|&&t| t).count()).sum(),
+            validation_samples: data.validation.len(),
+        })
+    }
+}
+
+/// The SHA-256 of a file, as `sha256sum` prints it.
+///
+/// # Errors
+/// If it cannot be read.
+pub fn sha256(path: &Path) -> Result<String> {
+    let io = |source| Error::Io { path: path.to_owned(), source };
+    let mut hasher = Sha256::new();
+    std::io::copy(&mut File::open(path).map_err(io)?, &mut hasher).map_err(io)?;
+    Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hashes_are_those_of_sha256sum() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        std::fs::write(&file, "abc").unwrap();
+        let abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad";
+        assert_eq!(sha256(&file).unwrap(), abc);
+        let files = BaseFiles::of(dir.path()).unwrap();
+        assert_eq!(files.weights["model.safetensors"], abc);
+    }
+
+    #[test]
+    fn another_base_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["config.json", "tokenizer.json", "notes.txt"] {
+            std::fs::write(dir.path().join(name), name).unwrap();
+        }
+        let before = BaseFiles::of(dir.path()).unwrap();
+        assert_eq!(before.difference(&before), None);
+        std::fs::write(dir.path().join("notes.txt"), "other").unwrap();
+        assert_eq!(before.difference(&BaseFiles::of(dir.path()).unwrap()), None);
+        std::fs::write(dir.path().join("tokenizer.json"), "other").unwrap();
+        let after = BaseFiles::of(dir.path()).unwrap();
+        assert_eq!(before.difference(&after), Some("tokenizer.json"));
+        std::fs::write(dir.path().join("model.safetensors"), "new").unwrap();
+        let after = BaseFiles::of(dir.path()).unwrap();
+        assert_eq!(before.difference(&after), Some("model.safetensors"));
+    }
+}
