@@ -12,7 +12,7 @@ use smore::counting::flexibility::Choice;
 use smore::counting::{AuthorStats, Parameters, lora_rank_for};
 use smore::spec::SmoreSpec;
 use smore::targets::Targets;
-use smore_tune::checkpoint::read_adapter_config;
+use smore_tune::checkpoint::read_settings;
 use smore_tune::config::{AdapterConfig, RunConfig};
 use smore_tune::error::Error;
 use smore_tune::model::spec::{DecoderSpec, Proj};
@@ -62,6 +62,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             let kind = subject.config.kind();
             (kind, mixture(&subject, base.as_ref(), args.json)?)
         }
+        AdapterConfig::Saved(_) => unreachable!("is looked up when read"),
         AdapterConfig::Full(_) => ("full", full(base.as_ref(), args.json)),
     };
     if args.json {
@@ -95,10 +96,11 @@ impl Subject {
     fn read(path: &Path) -> Result<Self, Error> {
         let run = path.join("config.yaml");
         if path.is_dir() && (path.join("adapter_config.json").exists() || !run.exists()) {
-            let (config, widths) = read_adapter_config(path)?;
+            let settings = read_settings(path)?;
             let file = path.join("adapter_config.json");
             let model = named_base(&file, path);
             let file = file.display().to_string();
+            let (config, widths) = (settings.config, settings.router_widths);
             return Ok(Self { config, router_widths: Some(widths), model, file });
         }
         let path = if path.is_dir() { run } else { path.to_owned() };
@@ -111,6 +113,11 @@ impl Subject {
         })?;
         let (text, names_model) = complete(text);
         let run = RunConfig::parse(&text, &file)?;
+        if let AdapterConfig::Saved(saved) = &run.adapter {
+            let mut subject = Self::read(&saved.path)?;
+            subject.model = names_model.then_some(run.model).or(subject.model);
+            return Ok(subject);
+        }
         let model = names_model.then_some(run.model);
         Ok(Self { config: run.adapter, router_widths: None, model, file })
     }

@@ -123,9 +123,13 @@ pub fn read_settings(path: &Path) -> Result<Settings> {
 }
 
 impl Settings {
-    /// Settings of an adapter that we made, on the base model at `base`.
-    pub fn new(config: AdapterConfig, router_widths: Vec<usize>, base: &Path) -> Self {
+    /// Settings of an adapter that starts here, on the base model at `base`.
+    pub fn new(config: AdapterConfig, base: &Path) -> Self {
         let base = Some(base.to_string_lossy().into_owned());
+        let router_widths = match &config {
+            AdapterConfig::Smore(c) => vec![c.gate.router_width; c.layers.len()],
+            _ => vec![],
+        };
         Self { config, router_widths, base, mixture: None, activation: None }
     }
 

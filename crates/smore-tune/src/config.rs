@@ -42,8 +42,18 @@ pub enum AdapterConfig {
     HydraLora(HydraLoraConfig),
     /// A MixLoRA on the frozen base.
     MixLora(MixLoraConfig),
+    /// An adapter that exists, trained on.
+    Saved(SavedConfig),
     /// Every parameter of the base, and no adapter.
     Full(FullConfig),
+}
+
+/// An adapter that exists (`kind: saved`): trained, grown, or made by another tool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SavedConfig {
+    /// Its folder.
+    pub path: PathBuf,
 }
 
 impl AdapterConfig {
@@ -54,18 +64,19 @@ impl AdapterConfig {
             Self::Lora(_) => "lora",
             Self::HydraLora(_) => "hydra_lora",
             Self::MixLora(_) => "mix_lora",
+            Self::Saved(_) => "saved",
             Self::Full(_) => "full",
         }
     }
 
-    /// The linear maps to adapt; none where the base itself is trained.
+    /// The linear maps to adapt; none where the base itself is trained or a folder says so.
     pub fn targets(&self) -> Option<&Targets> {
         match self {
             Self::Smore(c) => Some(&c.targets),
             Self::Lora(c) => Some(&c.targets),
             Self::HydraLora(c) => Some(&c.targets),
             Self::MixLora(c) => Some(&c.targets),
-            Self::Full(_) => None,
+            Self::Saved(_) | Self::Full(_) => None,
         }
     }
 }

@@ -136,7 +136,9 @@ impl Adapters {
                         let c = LoraConfig { alpha: c.alpha, ..LoraConfig::new(c.rank) };
                         AnyAdapter::Lora(lora(&c, &proj.path(block), d_in, d_out)?)
                     }
-                    AdapterConfig::Full(_) => unreachable!("has no targets"),
+                    AdapterConfig::Saved(_) | AdapterConfig::Full(_) => {
+                        unreachable!("has no targets")
+                    }
                 };
                 adapters.put(block, Site::Map(proj), BlockAdapter::Map(adapter));
             }
@@ -219,12 +221,7 @@ fn smore(
 }
 
 /// A LoRA with the rank and alpha of the module at `path`.
-fn lora(
-    config: &LoraConfig,
-    path: &str,
-    d_in: usize,
-    d_out: usize,
-) -> Built<Lora> {
+fn lora(config: &LoraConfig, path: &str, d_in: usize, d_out: usize) -> Built<Lora> {
     let mut own = config.clone();
     if let Some(rank) = targets::pattern_value(&config.rank_pattern, path)? {
         own.rank = rank;

@@ -2,11 +2,11 @@
 
 use crate::data::Sample;
 use crate::model::{Batch, Model};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use smore_engine::Cpu;
 
 /// How one layer of one adapter used its experts.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerUsage {
     /// Module path of the adapted map.
     pub path: String,

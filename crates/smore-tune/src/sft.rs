@@ -4,7 +4,8 @@
 //! [`Prepared::run`] trains, evaluates and writes the run folder. What a person sees meanwhile is
 //! an [`Observer`]'s business.
 
-use crate::checkpoint::{save_adapter, save_model};
+use crate::checkpoint::manifest::{Manifest, TrainedOn};
+use crate::checkpoint::{LoadedAdapter, Settings, load_adapter, save_adapter, save_model};
 use crate::config::{AdapterConfig, RunConfig, TrainConfig};
 use crate::data::{self, Dataset, Sample};
 use crate::error::{Error, Result};
@@ -14,6 +15,7 @@ use crate::model::folder::ModelFolder;
 use crate::model::spec::DecoderSpec;
 use crate::model::weights::{from_scratch, read_all};
 use crate::model::{Batch, Model, Scales, StepOutput};
+use crate::routing::usage;
 use crate::run_folder::RunFolder;
 use crate::run_report;
 use crate::schedule::Schedule;
@@ -24,8 +26,11 @@ use serde::Serialize;
 use smore::adapter::NoiseKey;
 use smore::rng::{Purpose, stream};
 use smore_engine::{AdamW, Cpu, Device, View, ViewMut};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
+
+/// Samples over which the use of experts is counted for the manifest.
+const USAGE_SAMPLES: usize = 256;
 
 /// Tokens evaluated together.
 const EVAL_TOKENS: usize = 2048;
@@ -40,8 +45,10 @@ pub struct Prepared {
     folder: Option<ModelFolder>,
     /// What is trained and held out.
     pub data: Dataset,
-    /// The adapters; none for `kind: full`.
-    adapters: Adapters,
+    /// The adapters and their starting values; none for `kind: full`.
+    start: LoadedAdapter,
+    /// What the adapter's folder will say about this run.
+    manifest: Manifest,
     /// Longest sample in tokens: the config's cutoff or the model's positions.
     pub cutoff_len: usize,
     /// Optimizer steps.
@@ -99,7 +106,7 @@ pub trait Observer {
     /// Called for every line of `metrics.jsonl`; `tokens` have been read since training began.
     fn metric(&mut self, metric: &Metric, total_steps: usize, tokens: usize);
     /// Called when something was written.
-    fn saved(&mut self, path: &std::path::Path);
+    fn saved(&mut self, path: &Path);
 }
 
 /// Sees nothing.
@@ -107,7 +114,7 @@ pub struct Silent;
 
 impl Observer for Silent {
     fn metric(&mut self, _: &Metric, _: usize, _: usize) {}
-    fn saved(&mut self, _: &std::path::Path) {}
+    fn saved(&mut self, _: &Path) {}
 }
 
 /// What a finished run came to.
@@ -147,7 +154,7 @@ impl Prepared {
         let spec = DecoderSpec::read(&config.model.join("config.json"))?;
         let tokenizer = Tokenizer::open(&config.model)?;
         let template = Template::open(&config.model, &tokenizer)?;
-        let adapters = Adapters::new(&config.adapter, &spec).map_err(|m| config_error(name, m))?;
+        let start = starting_adapter(&config, &spec, name)?;
         let mut data_config = config.data.clone();
         data_config.cutoff_len = data_config.cutoff_len.min(spec.max_positions);
         let cutoff_len = data_config.cutoff_len;
@@ -158,7 +165,8 @@ impl Prepared {
         }
         check_vocabulary(&spec, &tokenizer, &data, &config)?;
         let total_steps = total_steps(&config.train, data.train.len());
-        Ok(Self { config, spec, folder, data, adapters, cutoff_len, total_steps })
+        let manifest = manifest(&config, &data)?;
+        Ok(Self { config, spec, folder, data, start, manifest, cutoff_len, total_steps })
     }
 
     /// Number of trained parameters.
@@ -167,7 +175,7 @@ impl Prepared {
             AdapterConfig::Full(_) => {
                 self.spec.tensors().iter().map(|(_, s)| s.iter().product::<usize>()).sum()
             }
-            _ => self.adapters.len(),
+            _ => self.start.adapters.len(),
         }
     }
 
@@ -176,7 +184,9 @@ impl Prepared {
     /// # Errors
     /// A loss that is not a number, or a failed write.
     pub fn run(self, observer: &mut dyn Observer) -> Result<(Outcome, Model<Cpu<f32>>)> {
-        let Self { config, spec, folder, data, adapters, cutoff_len, total_steps } = self;
+        let Self { config, spec, folder, data, start, mut manifest, cutoff_len, total_steps } =
+            self;
+        let LoadedAdapter { settings, adapters, values } = start;
         let train = &config.train;
         let mut out = RunFolder::create(&config)?;
         let device = Cpu::new();
@@ -189,7 +199,6 @@ impl Prepared {
                 Model::full(device, spec, &values, cutoff_len)
             }
             _ => {
-                let values = adapters.init(train.seed);
                 let Some(folder) = &folder else {
                     return Err(Error::Run("an adapter needs a base with weights".into()));
                 };
@@ -246,12 +255,15 @@ impl Prepared {
             }
             if !last && due(step, train.save_steps) {
                 let path = config.output_dir.join(format!("checkpoint-{step}"));
-                save(&path, &config, &model)?;
+                save(&path, &config, &settings, &manifest, &model)?;
             }
         }
         let name = if model.weights.is_trained() { "model" } else { "adapter" };
         let trained = config.output_dir.join(name);
-        save(&trained, &config, &model)?;
+        let unseen = if data.validation.is_empty() { &data.train } else { &data.validation };
+        manifest.routing = usage(&model, &unseen.iter().take(USAGE_SAMPLES).collect::<Vec<_>>());
+        manifest.steps = Some(total_steps);
+        save(&trained, &config, &settings, &manifest, &model)?;
         observer.saved(&trained);
         let outcome = Outcome {
             output_dir: config.output_dir.clone(),
@@ -493,12 +505,43 @@ pub fn evaluate(model: &Model<Cpu<f32>>, samples: &[Sample]) -> Option<(f64, usi
     (count > 0).then(|| (sum / count as f64, count))
 }
 
-fn save(path: &std::path::Path, config: &RunConfig, model: &Model<Cpu<f32>>) -> Result<()> {
+fn save(
+    path: &Path,
+    config: &RunConfig,
+    settings: &Settings,
+    manifest: &Manifest,
+    model: &Model<Cpu<f32>>,
+) -> Result<()> {
     if model.weights.is_trained() {
         save_model(path, &model.spec, &config.model, &model.params)
     } else {
-        save_adapter(path, &config.adapter, &config.model, &model.adapters, &model.params)
+        save_adapter(path, settings, &model.adapters, &model.params, manifest)
     }
+}
+
+/// The adapter to train: as the config describes it, with its initial values, or as a folder has it.
+fn starting_adapter(config: &RunConfig, spec: &DecoderSpec, name: &str) -> Result<LoadedAdapter> {
+    let base = config.model.to_string_lossy().into_owned();
+    if let AdapterConfig::Saved(saved) = &config.adapter {
+        let mut loaded = load_adapter(&saved.path, spec)?;
+        loaded.settings.base = Some(base);
+        return Ok(loaded);
+    }
+    let adapters = Adapters::new(&config.adapter, spec).map_err(|m| config_error(name, m))?;
+    let values = adapters.init(config.train.seed);
+    let settings = Settings::new(config.adapter.clone(), &config.model);
+    Ok(LoadedAdapter { settings, adapters, values })
+}
+
+/// What is known about a run before it begins.
+fn manifest(config: &RunConfig, data: &Dataset) -> Result<Manifest> {
+    let mut manifest = Manifest::new(&config.model)?;
+    manifest.seed = Some(config.train.seed);
+    manifest.data = Some(TrainedOn::of(&config.data, &data.report)?);
+    if let AdapterConfig::Saved(saved) = &config.adapter {
+        manifest.from = Some(saved.path.display().to_string());
+    }
+    Ok(manifest)
 }
 
 #[cfg(test)]

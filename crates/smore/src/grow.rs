@@ -98,10 +98,12 @@ pub fn from_mixture(
     if !fits {
         let wanted = match mixture.fanout {
             k if k == n => "gate.kind dense".into(),
-            1 => return Err(Error::config(
-                "the adapter gives its single chosen expert weight 1, which no gate of S'MoRE does; \
+            1 => {
+                return Err(Error::config(
+                    "the adapter gives its single chosen expert weight 1, which no gate of S'MoRE does; \
                  it cannot be grown",
-            )),
+                ));
+            }
             k => format!("gate.kind switch and layers[{l}].fanout {k}"),
         };
         return Err(Error::config(format!("the adapter's gate needs {wanted}")));

@@ -5,11 +5,12 @@ use crate::table::{self, count};
 use serde_json::{Map, Value, json};
 use smore::adapter::{AnyAdapter, BlockAdapter};
 use smore::config::LoraConfig;
-use smore::counting::lora_parameters;
-use smore::spec::LoraSpec;
+use smore::counting::{Multiplications, lora_parameters};
+use smore::spec::{FfnShape, HydraLoraSpec, LoraSpec, MixLoraSpec};
+use smore_engine::GateActivation;
 use smore_tune::config::AdapterConfig;
 use smore_tune::error::Error;
-use smore_tune::inject::{Adapters, Site};
+use smore_tune::inject::{Adapters, Site, Slot};
 use smore_tune::model::spec::Proj;
 
 /// LoRA on the maps of a model, or on none.
@@ -132,7 +133,8 @@ pub(super) fn mixture(
             "multiplications_per_token": {"total": compute.total()}})
     });
     if !quiet {
-        let of: Vec<_> = parts.as_object().into_iter().flatten().map(|(k, v)| format!("{k} {v}")).collect();
+        let of: Vec<_> =
+            parts.as_object().into_iter().flatten().map(|(k, v)| format!("{k} {v}")).collect();
         println!("{title}: {}", of.join(", "));
         if let (Some(adapters), Some(total)) = (&adapters, &total) {
             let n = |key: &str| count(total[key]["total"].as_u64().unwrap_or(0) as usize);

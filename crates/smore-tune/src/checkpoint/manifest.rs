@@ -2,7 +2,8 @@
 //! no place for it.
 
 use super::folder::write;
-use crate::data::Dataset;
+use crate::config::DataConfig;
+use crate::data::DataReport;
 use crate::error::{Error, Result};
 use crate::routing::LayerUsage;
 use rayon::prelude::*;
@@ -10,7 +11,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::path::Path;
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 /// The file's name.
 pub const NAME: &str = "smore_manifest.json";
@@ -33,7 +35,7 @@ pub struct Manifest {
     pub from: Option<String>,
     /// What it was trained on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub data: Option<DataReport>,
+    pub data: Option<TrainedOn>,
     /// How the experts were used on the held-out samples, or the training samples where none are
     /// held out.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -51,17 +53,14 @@ pub struct BaseFiles {
     pub template: BTreeMap<String, String>,
 }
 
-/// What was read, kept and trained on.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct DataReport {
+/// What an adapter was trained on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TrainedOn {
     /// SHA-256 of every data file, by path.
     pub files: BTreeMap<String, String>,
-    /// Samples trained on.
-    pub train_samples: usize,
-    /// Tokens of those samples that are trained.
-    pub train_tokens: usize,
-    /// Samples held out.
-    pub validation_samples: usize,
+    /// What was read and kept of them.
+    #[serde(flatten)]
+    pub report: DataReport,
 }
 
 impl Manifest {
@@ -137,19 +136,16 @@ impl BaseFiles {
     }
 }
 
-impl DataReport {
-    /// The report of a data set read from `files`.
+impl TrainedOn {
+    /// The data of a run.
     ///
     /// # Errors
     /// If a file cannot be read any more.
-    pub fn of<'a>(data: &Dataset, files: impl Iterator<Item = &'a Path>) -> Result<Self> {
-        let hashes = files.map(|path| Ok((path.display().to_string(), sha256(path)?)));
-        Ok(Self {
-            files: hashes.collect::<Result<_>>()?,
-            train_samples: data.train.len(),
-            train_tokens: data.train.iter().map(|s| s.trained.iter().filter(|&&t| t).count()).sum(),
-            validation_samples: data.validation.len(),
-        })
+    pub fn of(config: &DataConfig, report: &DataReport) -> Result<Self> {
+        let train = config.train.iter().map(|source| &source.path);
+        let hash = |path: &PathBuf| Ok((path.display().to_string(), sha256(path)?));
+        let files = train.chain(&config.validation.path).map(hash).collect::<Result<_>>()?;
+        Ok(Self { files, report: report.clone() })
     }
 }
 
@@ -160,7 +156,13 @@ impl DataReport {
 pub fn sha256(path: &Path) -> Result<String> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let mut hasher = Sha256::new();
-    std::io::copy(&mut File::open(path).map_err(io)?, &mut hasher).map_err(io)?;
+    let (mut file, mut piece) = (File::open(path).map_err(io)?, vec![0; 1 << 20]);
+    loop {
+        match file.read(&mut piece).map_err(io)? {
+            0 => break,
+            n => hasher.update(&piece[..n]),
+        }
+    }
     Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect())
 }
 

@@ -65,7 +65,9 @@ pub(super) fn mix_lora(keys: &Map<String, Value>) -> Reading<(AdapterConfig, Opt
     refuse(keys, &["use_dora", "bias"])?;
     let strategy: String = optional(keys, "routing_strategy")?.unwrap_or_else(|| "mixlora".into());
     if strategy != "mixlora" {
-        return Err(format!("routing_strategy is `{strategy}`; only `mixlora` (top-k) is supported"));
+        return Err(format!(
+            "routing_strategy is `{strategy}`; only `mixlora` (top-k) is supported"
+        ));
     }
     let (mut rank, mut alpha) = low_rank(keys)?;
     if let Some(Value::Object(expert)) = keys.get("expert_lora") {

@@ -22,7 +22,7 @@ pub(super) fn to_json(settings: &Settings) -> String {
         AdapterConfig::Lora(c) => lora_keys(c),
         AdapterConfig::HydraLora(c) => hydra_keys(c),
         AdapterConfig::MixLora(c) => moe_peft::mix_lora_keys(c),
-        AdapterConfig::Full(_) => json!({}),
+        AdapterConfig::Saved(_) | AdapterConfig::Full(_) => json!({}),
     };
     let common = json!({
         "auto_mapping": null,
@@ -168,7 +168,10 @@ pub(super) fn from_json(text: &str) -> Reading<Settings> {
     Ok(settings)
 }
 
-pub(super) fn read<T: serde::de::DeserializeOwned>(keys: &Map<String, Value>, key: &str) -> Reading<T> {
+pub(super) fn read<T: serde::de::DeserializeOwned>(
+    keys: &Map<String, Value>,
+    key: &str,
+) -> Reading<T> {
     let value = keys.get(key).ok_or_else(|| format!("no key `{key}`"))?;
     serde_json::from_value(value.clone()).map_err(|e| format!("{key} is {value}: {e}"))
 }

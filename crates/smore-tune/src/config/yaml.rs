@@ -14,7 +14,7 @@ use super::{AdapterConfig, DataConfig, RunConfig, TrainConfig, config_error};
 use crate::error::{Result, nearest};
 
 /// The names of [`AdapterConfig`]'s kinds.
-const ADAPTER_KINDS: [&str; 5] = ["smore", "lora", "hydra_lora", "mix_lora", "full"];
+const ADAPTER_KINDS: [&str; 6] = ["smore", "lora", "hydra_lora", "mix_lora", "saved", "full"];
 
 /// Parses a configuration without checking its values.
 pub(super) fn parse(text: &str, name: &str) -> Result<RunConfig> {
@@ -27,6 +27,7 @@ pub(super) fn parse(text: &str, name: &str) -> Result<RunConfig> {
         "lora" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::Lora)),
         "hydra_lora" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::HydraLora)),
         "mix_lora" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::MixLora)),
+        "saved" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::Saved)),
         "full" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::Full)),
         _ => {
             let known = ADAPTER_KINDS.join(", ");

@@ -68,7 +68,7 @@ pub struct Dataset {
 }
 
 /// What was read and kept.
-#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct DataReport {
     /// Records in the training files.
     pub read: usize,

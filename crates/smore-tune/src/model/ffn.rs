@@ -95,7 +95,18 @@ impl<D: AdapterKernels> Model<D> {
             let x = self.view_mut(&mut dnormed);
             let slopes = through.then_some(FfnSlopes { x, gate: dgate_view, up: dup_view });
             let scale = scales.balance;
-            mix.backward(&self.device, mode, scale, params, saved, input, dy, dinner, grads, slopes);
+            mix.backward(
+                &self.device,
+                mode,
+                scale,
+                params,
+                saved,
+                input,
+                dy,
+                dinner,
+                grads,
+                slopes,
+            );
         } else {
             self.device.gated_backward(act, gate, up, dinner, dgate_view, dup_view);
         }

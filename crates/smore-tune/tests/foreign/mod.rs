@@ -5,8 +5,9 @@
 #![allow(unreachable_pub)]
 
 use safetensors::tensor::{Dtype, TensorView};
+use smore_tune::checkpoint::manifest::Manifest;
 use smore_tune::checkpoint::pickle::read_torch;
-use smore_tune::checkpoint::{load_adapter, save_adapter};
+use smore_tune::checkpoint::{Settings, load_adapter, save_adapter};
 use smore_tune::config::{AdapterConfig, RunConfig};
 use smore_tune::demo::tokenizer::train_tokenizer;
 use smore_tune::inject::Adapters;
@@ -86,7 +87,8 @@ impl Bench {
         let adapters = Adapters::new(&config, &self.spec).unwrap();
         let values = adapters.init(1);
         let path = self.dir.path().join(folder);
-        save_adapter(&path, &config, Path::new("base"), &adapters, &values).unwrap();
+        let settings = Settings::new(config, Path::new("base"));
+        save_adapter(&path, &settings, &adapters, &values, &Manifest::default()).unwrap();
     }
 
     fn read(&self, name: &str) -> Vec<u8> {
