@@ -1,3 +1,6 @@
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| drop((smore_fuzz::reader("torch_file").read)(bytes)));
+use libfuzzer_sys::fuzz_target;
+use smore_fuzz::reader;
+
+fuzz_target!(|bytes: &[u8]| drop((reader("torch_file").read)(bytes)));

@@ -104,6 +104,8 @@ fn read_in<T>(
 ) -> Result<T, String> {
     BENCH.with(|bench| {
         let file = bench.dir.path().join(file);
+        // Some file systems wait for the disk when a file is written over.
+        drop(std::fs::remove_file(&file));
         std::fs::write(&file, bytes).unwrap();
         let folder = file.parent().expect("a file lies in a folder");
         read(folder, &bench.spec).map_err(|e| e.to_string())
