@@ -172,6 +172,16 @@ fn load_tensors(folder: &Path, settings: &Settings, adapters: &Adapters) -> Resu
     let left = tensors.into_iter().map(|(name, t)| (name.replace(".default.", "."), t)).collect();
     let mut unplaced = Unplaced { left };
     let bad = |message: String| Error::Adapter { file: file.clone(), message };
+    // Settings that claim more values than there are must not claim memory for them. A mixture's
+    // S'MoRE adds small identity matrices.
+    let stored = unplaced.len();
+    let most = if settings.mixture.is_some() { 16 * stored + (1 << 20) } else { stored };
+    if adapters.len() > most {
+        let expected = adapters.len();
+        return Err(bad(format!(
+            "has {stored} values, too few for the {expected} of adapter_config.json"
+        )));
+    }
     let mut values = vec![0.0; adapters.len()];
     for slot in &adapters.slots {
         let run = &mut values[slot.range.clone()];
@@ -201,6 +211,11 @@ struct Unplaced {
 }
 
 impl Unplaced {
+    /// Number of values.
+    fn len(&self) -> usize {
+        self.left.values().map(|t| t.values.len()).sum()
+    }
+
     /// The values of a tensor that must be there, with this shape.
     fn take(&mut self, name: &str, shape: &[usize]) -> std::result::Result<Vec<f32>, String> {
         let Some(tensor) = self.left.remove(name) else {

@@ -110,7 +110,8 @@ fn a_key_of_another_kind_is_unknown() {
     let text = message(&SMALL.replace("kind: lora", "kind: lroa"));
     assert_eq!(
         text,
-        "run.yaml: adapter.kind is `lroa`; expected one of smore, lora, full; did you mean `lora`?"
+        "run.yaml: adapter.kind is `lroa`; expected one of smore, lora, hydra_lora, mix_lora, saved, \
+         full; did you mean `lora`?"
     );
 }
 

@@ -106,6 +106,9 @@ fn refusals_name_the_remedy() {
     assert!(refusal(&chatml, &[("user", "\u{FDD0}"), ("assistant", "A")]).contains("U+FDD0"));
     let doubling = template("{% for m in messages %}{{ m.content + m.content }}{% endfor %}");
     assert!(refusal(&doubling, &[("user", "Q"), ("assistant", "A")]).contains("{% generation %}"));
+    let endless =
+        template("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}");
+    assert!(refusal(&endless, &[("user", "Q"), ("assistant", "A")]).contains("fuel"));
     let raising = template("{{ raise_exception('System role not supported') }}");
     let text = refusal(&raising, &[("user", "Q"), ("assistant", "A")]);
     assert_eq!(text, "chat template test: refused the conversation: System role not supported");

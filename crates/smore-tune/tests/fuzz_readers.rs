@@ -228,6 +228,17 @@ fn claimed_sizes_take_no_memory() {
         let config = config.replace("\"r\": 2", &format!("\"r\": {rank}"));
         refused("adapter_config", config.as_bytes(), &["adapter"]);
     }
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&(reader("adapter_config").good)()[1]).unwrap();
+    config["expert_dims"] = serde_json::json!([20_000, 20_000]);
+    let words = ["adapter_model.safetensors", "too few", "adapter_config.json"];
+    refused("adapter_config", config.to_string().as_bytes(), &words);
+
+    let config = String::from_utf8(good("model_config")).unwrap();
+    for size in ["1000000", "4000000000"] {
+        let config = config.replace("hidden_layers\": 1", &format!("hidden_layers\": {size}"));
+        refused("model_config", config.as_bytes(), &["num_hidden_layers", size]);
+    }
 }
 
 /// A change to a file.

@@ -7,6 +7,10 @@ use serde_json::Value;
 use smore_engine::{GateActivation, RmsNorm};
 use std::path::Path;
 
+/// Most transformer blocks; a few digits in a file must not make us list more tensors than fit into
+/// memory.
+const MAX_BLOCKS: usize = 4096;
+
 /// A decoder of the Llama kind: what the families of [`super::family`] have in common, and by
 /// which numbers they differ.
 #[derive(Clone, Debug, PartialEq)]
@@ -169,6 +173,9 @@ impl DecoderSpec {
         let family = Family::from_json(json)?;
         let (hidden, heads) = (size(json, "hidden_size")?, size(json, "num_attention_heads")?);
         let blocks = size(json, "num_hidden_layers")?;
+        if blocks > MAX_BLOCKS {
+            return Err(format!("num_hidden_layers is {blocks}; expected up to {MAX_BLOCKS}"));
+        }
         let kv_heads = optional_size(json, "num_key_value_heads")?.unwrap_or(heads);
         let head_dim = optional_size(json, "head_dim")?
             .unwrap_or_else(|| family.default_head_dim().unwrap_or(hidden / heads));
@@ -305,6 +312,7 @@ mod tests {
             ("num_key_value_heads", json!(3), "multiple"),
             ("hidden_size", json!(-1), "hidden_size"),
             ("vocab_size", json!(null), "vocab_size"),
+            ("num_hidden_layers", json!(4_000_000_000_u32), "num_hidden_layers"),
         ] {
             let mut config = minimal();
             config[key] = value;

@@ -12,6 +12,9 @@ pub(super) const RAISED: &str = "raised by the template: ";
 /// The filter that stands for `{% generation %}`.
 const GENERATION: &str = "smore_generation";
 
+/// Instructions that rendering a conversation may take: thousands of messages.
+const FUEL: u64 = 50_000_000;
+
 /// An environment with everything chat templates use.
 pub(super) fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
@@ -20,6 +23,8 @@ pub(super) fn environment() -> Environment<'static> {
     // The builder only checks delimiters, and these are the default ones.
     environment.set_syntax(syntax.build().unwrap_or_default());
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    // A template comes with a model and may be anyone's: one that loops for ever must end.
+    environment.set_fuel(Some(FUEL));
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", strftime_now);
     environment.add_filter("tojson", tojson);
