@@ -3,7 +3,7 @@
 use crate::config::AdapterConfig;
 use crate::error::Error;
 use crate::model::spec::{DecoderSpec, Proj};
-use smore::adapter::{Adapter, AnyAdapter, Lora, NoiseKey, Smore};
+use smore::adapter::{Adapter, AnyAdapter, Lora, Noise, NoiseKey, Smore};
 use smore::rng::{Purpose, stream};
 use smore::spec::{LoraSpec, SmoreSpec};
 use smore_engine::Cpu;
@@ -29,9 +29,12 @@ impl Slot {
         self.proj.path(self.block)
     }
 
-    /// The key of this slot's random numbers in a step.
-    pub(crate) fn noise(&self, key: NoiseKey) -> NoiseKey {
-        NoiseKey { place: self.place as u64, ..key }
+    /// This slot's share of the noise of a step.
+    pub(crate) fn noise<'a>(&self, noise: Noise<'a>) -> Noise<'a> {
+        match noise {
+            Noise::Drawn(key) => Noise::Drawn(NoiseKey { place: self.place as u64, ..key }),
+            Noise::Given(slots) => Noise::Given(&slots[self.place..]),
+        }
     }
 
     /// Its parameters' names and shapes.

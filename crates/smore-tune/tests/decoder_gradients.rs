@@ -1,7 +1,7 @@
 //! The whole decoder's backward pass against central differences in f64, with each kind of
 //! adapter, with full fine-tuning, and through the routers.
 
-use smore::adapter::NoiseKey;
+use smore::adapter::{Noise, NoiseKey};
 use smore_engine::Cpu;
 use smore_tune::checkpoint::save_model;
 use smore_tune::config::AdapterConfig;
@@ -59,7 +59,7 @@ fn adapted(yaml: &str) -> Model<Dev> {
 
 fn total(model: &Model<Dev>, noise: Option<NoiseKey>) -> (f64, Vec<f64>, Vec<Tree>) {
     let mut grads = vec![0.0; model.trained()];
-    let out = model.step(&batch(), SCALES, noise, &mut grads);
+    let out = model.step(&batch(), SCALES, noise.map(Noise::Drawn), &mut grads);
     let loss = out.losses.iter().sum::<f64>() * SCALES.loss + out.balance_loss * SCALES.balance;
     let routing = out.routing.iter().flatten();
     let layers = routing.flat_map(|r| &r.tree.layers);
