@@ -16,7 +16,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 /// Before every module path in an adapter file.
-const PREFIX: &str = "base_model.model.";
+pub(crate) const PREFIX: &str = "base_model.model.";
 
 /// Writes a folder beside its final place and renames it there when `fill` is done, so that nobody
 /// ever sees half of it.
@@ -137,7 +137,12 @@ fn stored_names(config: &AdapterConfig, param: &Param) -> Vec<String> {
     (0..c.layers.len()).map(|l| format!("{stem}{l}")).collect()
 }
 
-fn read_values(file: &Path, config: &AdapterConfig, adapters: &Adapters) -> Result<Vec<f32>> {
+/// The values of an adapter file, laid out as `adapters` says.
+pub(crate) fn read_values(
+    file: &Path,
+    config: &AdapterConfig,
+    adapters: &Adapters,
+) -> Result<Vec<f32>> {
     let bytes = std::fs::read(file).map_err(|e| Error::reading(file, "an adapter's weights", e))?;
     let bad = |message: String| Error::Adapter { file: file.to_owned(), message };
     let stored = SafeTensors::deserialize(&bytes)
