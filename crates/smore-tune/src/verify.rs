@@ -1,4 +1,5 @@
-//! Recorded cases of other implementations, computed again and compared.
+//! Recorded cases of other implementations, computed again and compared: single adapters, called
+//! layer cases, and whole models, see [`end_to_end`].
 //!
 //! # Layout of a layer case
 //!
@@ -60,7 +61,7 @@
 
 mod case;
 mod compute;
-mod end_to_end;
+pub mod end_to_end;
 mod find;
 
 pub use case::{LayerCase, Tensor, Tensors, read_tensors};

@@ -1,4 +1,70 @@
 //! Whole models: a base, an adapter on a base, or a training run.
+//!
+//! A case is a folder; which kind it is its files tell. B and T are batch and sequence, V the
+//! vocabulary, D the hidden width. Everything is computed in f32.
+//!
+//! # A base: `config.json`, `model.safetensors`, `fixture.safetensors`, `fixture.json`
+//!
+//! `fixture.safetensors` needs `input_ids [B, T]`. `attention_mask [B, T]` is all ones where
+//! absent; padding can only be on the right. It does not exist here, so the rows at padding are
+//! not compared, and it counts in no balance loss. `labels [B, T]` are needed for losses and
+//! gradients and are as in transformers: the label of token t + 1 is to be predicted at t, -100 is
+//! no label. Compared is what was recorded:
+//!
+//! - `logits [B, T, V]`, `hidden.0` (embedding) to `hidden.<blocks>` (final norm) `[B, T, D]`
+//! - `inv_freq [head_dim / 2]`
+//! - `long_logits_last<k> [B', k, V]`, the last k of `long_input_ids [B', T']`
+//! - in `fixture.json`: `loss`
+//!
+//! # An adapter: `adapter_config.json`, `adapter_model.safetensors`, `fixture.*`
+//!
+//! The base is `base_model_name_or_path`, absolute or relative to the case. As above, and:
+//!
+//! - `hidden.<i>`, `logits` and the figures of `eval` are of evaluation
+//! - `noise.<k> [B * T, .., s_l]` of noisy gates in training, in call order: block by block; q, k,
+//!   v, o, up, gate, down; the root's layer first. With it `train_logits [B, T, V]`
+//! - `grad.<name as in the adapter file>`, in training, of mean cross-entropy and balance losses.
+//!   A shared pool's are those of its first copy
+//! - in `fixture.json`, at the top, in `train` or in `eval`: `loss` = `ce` + `balance_loss`, `ce`,
+//!   `balance_loss`, `loss_num_items_in_batch_<n>` = summed cross-entropy / n + `balance_loss`;
+//!   in training `grad_norm`. At the top they are of training; `eval_loss` is of evaluation.
+//!   `n_trainable` counts parameters; `boundary_gap`, the smallest difference between a chosen
+//!   and an unchosen expert, is shown where a case misses
+//! - `generate.json`: `{"prompt": [..], "greedy": {"use_cache": [..], "no_cache": [..]}}`, token
+//!   by token with the cache and computed anew each time
+//!
+//! # A training run: `traj.json`, `batches.safetensors`, the adapter at the start, `final_adapter.safetensors`
+//!
+//! `traj.json` has `steps`, `lr` and optionally `betas` (0.9, 0.999), `eps` (1e-8),
+//! `weight_decay` (0), `clip_grad_norm` (none), `grad_accum` (1), `cosine_warmup_steps` (none: the
+//! rate stays); `float32`, else `float64`, lists per step `loss`, `balance_loss`, `grad_norm`
+//! (before clipping) and `lr`, each optional. `batches.safetensors` holds `input_ids`,
+//! `attention_mask` and `labels` `[steps * grad_accum, B, T]`, and for noisy gates `noise.<k>` in
+//! call order over the run, `noise.<step>.<k>`, or `noise.<k>` of one forward pass stacked over
+//! all of them (all also in a `noise.safetensors`).
+//!
+//! With accumulation cross-entropy is divided by the labels of the whole window, and every
+//! micro-batch adds its balance loss in full to the gradient. What is logged may be the sum, the
+//! mean or the last of the micro-batches' balance losses: the first step tells which, and all
+//! others must follow.
+//!
+//! # Tolerances
+//!
+//! | what | allowed | measured |
+//! |---|---|---|
+//! | logits, hidden states | 2e-4 | 1.5e-5 |
+//! | losses | 1e-5 | 1.3e-6 |
+//! | `inv_freq`, `lr` | 1e-6 of each value | 1.2e-7 |
+//! | gradients, `grad_norm` | 5e-4 of the tensor's largest value | 1.8e-5 |
+//! | losses of a training run | 1e-4 | 1.4e-6 |
+//! | parameters after training | the learning rate | 4.7e-5 of 1e-3 |
+//! | their root mean square | a hundredth of the learning rate | 1.3e-7 of 1e-5 |
+//! | tokens, `n_trainable` | equal | equal |
+//!
+//! A gradient's largest value counts as at least a thousandth of the whole adapter's: what is zero
+//! in theory is recorded as rounding noise. Where a gradient is such noise AdamW still moves by up
+//! to its learning rate, whichever way the noise points, so single parameters may be that far off
+//! and all of them together may not.
 
 mod batch;
 mod fixture;
@@ -82,7 +148,7 @@ impl EndToEnd {
         self.model.params.clone_from(&self.start);
         match &self.work {
             Work::Batch(fixture) => Ok(fixture.compute(&self.model, &self.recording)),
-            Work::Run(run) => run.compute(&mut self.model, &self.recording),
+            Work::Run(run) => run.compute(&mut self.model, &mut self.recording),
         }
     }
 
@@ -96,12 +162,15 @@ impl EndToEnd {
             Work::Run(_) => &[],
         };
         let recorded = self.recording.expected.iter();
-        let checks: Vec<Check> =
+        let mut checks: Vec<Check> =
             recorded.map(|(name, e)| e.check(name, &computed[name], rows, tolerance)).collect();
+        if let Work::Run(run) = &self.work {
+            checks.extend(run.check_whole(&self.recording, computed, tolerance));
+        }
         let mut notes = self.recording.notes.clone();
         if !self.recording.unknown.is_empty() {
             let names = self.recording.unknown.join(", ");
-            notes.push(format!("not compared, as nothing here has this name: {names}"));
+            notes.push(format!("not compared, since nothing has this name: {names}"));
         }
         let mut report = CaseReport { name: self.name.clone(), checks, notes };
         if let Some(gap) = self.recording.gap

@@ -20,8 +20,8 @@ const STATES: f64 = 2e-4;
 const LOSS: f64 = 1e-5;
 /// Gradients and their norm, of the tensor's largest value.
 pub(super) const GRADIENTS: f64 = 5e-4;
-/// Below this share of the largest gradient of the whole adapter a gradient is rounding noise.
-const SMALLEST_GRADIENT: f64 = 1e-5;
+/// The least that counts as a gradient's largest value, of the whole adapter's.
+const SMALLEST_GRADIENT: f64 = 1e-3;
 
 /// What one batch is computed from.
 pub(super) struct Fixture {

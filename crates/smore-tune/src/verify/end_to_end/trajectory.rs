@@ -11,6 +11,7 @@ use crate::model::{Model, Scales};
 use crate::optimizer::Optimizer;
 use crate::schedule::Schedule;
 use crate::verify::case::{Tensor, Tensors, data_error, read};
+use crate::verify::{Check, Kind};
 use serde::Deserialize;
 use smore::adapter::Noise;
 use smore::kernel::GateNoise;
@@ -21,6 +22,8 @@ use std::path::Path;
 const LOSS: f64 = 1e-4;
 /// Learning rates, each relative to itself.
 const RATE: f64 = 1e-6;
+/// The root mean square of all parameters, of the learning rate.
+const WHOLE: f64 = 1e-2;
 
 /// A run's batches and how it follows its gradients.
 pub(super) struct Trajectory {
@@ -135,50 +138,114 @@ impl Trajectory {
     pub(super) fn compute(
         &self,
         model: &mut Model<Cpu<f32>>,
-        recording: &Recording,
+        recording: &mut Recording,
     ) -> Result<Tensors> {
         let mut optimizer = Optimizer::new(model);
         let mut out = Tensors::new();
-        let mut put = |name: String, tensor: Tensor| {
-            if recording.expected.contains_key(&name) {
-                out.insert(name, tensor);
-            }
-        };
+        let mut logged = Vec::new();
         for step in 1..=self.steps {
-            let (loss, balance) = self.accumulate(model, step, &mut optimizer);
+            logged.push(self.accumulate(model, step, &mut optimizer));
             let rate = self.schedule.rate(step - 1);
             let norm = optimizer.step(model, &self.train, rate, step)?;
-            put(format!("loss.{step}"), scalar(loss + balance));
-            put(format!("balance_loss.{step}"), scalar(balance));
-            put(format!("grad_norm.{step}"), scalar(norm));
-            put(format!("lr.{step}"), scalar(rate));
+            out.insert(format!("grad_norm.{step}"), scalar(norm));
+            out.insert(format!("lr.{step}"), scalar(rate));
+        }
+        for (figure, with_loss) in [("loss", true), ("balance_loss", false)] {
+            let value = |(loss, balances): &(f64, Vec<f64>), kept: Kept| {
+                kept.of(balances) + if with_loss { *loss } else { 0.0 }
+            };
+            let recorded = recording.expected.get(&format!("{figure}.1"));
+            let kept = recorded.map_or(Kept::Sum, |recorded| {
+                let off = |kept| (value(&logged[0], kept) - recorded.tensor.values[0]).abs();
+                Kept::ALL
+                    .into_iter()
+                    .min_by(|a, b| off(*a).total_cmp(&off(*b)))
+                    .unwrap_or(Kept::Sum)
+            });
+            for (step, of) in (1..).zip(&logged) {
+                out.insert(format!("{figure}.{step}"), scalar(value(of, kept)));
+            }
+            let note = format!("{figure} was recorded with the balance losses' {}", kept.name());
+            if self.accumulated > 1 && kept != Kept::Sum && !recording.notes.contains(&note) {
+                recording.notes.push(note);
+            }
         }
         for (key, (range, shape)) in keys(&model.adapters) {
             let values = model.params[range].iter().map(|&x| f64::from(x)).collect();
-            put(format!("final.{key}"), Tensor { shape, values });
+            out.insert(format!("final.{key}"), Tensor { shape, values });
         }
+        out.retain(|name, _| recording.expected.contains_key(name));
         Ok(out)
     }
 
-    /// Cross-entropy per label of the window and the sum of its balance losses.
+    /// Cross-entropy per label of the window, and the balance loss of each micro-batch.
     fn accumulate(
         &self,
         model: &Model<Cpu<f32>>,
         step: usize,
         optimizer: &mut Optimizer,
-    ) -> (f64, f64) {
+    ) -> (f64, Vec<f64>) {
         let window = (step - 1) * self.accumulated..step * self.accumulated;
         let tokens = &self.micro_batches[window.clone()];
         let labels: usize = tokens.iter().map(|t| t.batch.targets.len()).sum();
         let scales = Scales { loss: 1.0 / labels as f64, balance: 1.0 };
-        let (mut loss, mut balance) = (0.0, 0.0);
+        let (mut loss, mut balances) = (0.0, Vec::new());
         for (tokens, i) in tokens.iter().zip(window) {
             let noise = self.noise.as_ref().map(|noise| Noise::Given(&noise[i]));
             let out = model.step(&tokens.batch, scales, noise, &mut optimizer.grads);
             loss += out.losses.iter().sum::<f64>() * scales.loss;
-            balance += out.balance_loss;
+            balances.push(out.balance_loss);
         }
-        (loss, balance)
+        (loss, balances)
+    }
+
+    /// All parameters after training together.
+    pub(super) fn check_whole(
+        &self,
+        recording: &Recording,
+        computed: &Tensors,
+        tolerance: Option<f64>,
+    ) -> Option<Check> {
+        let parameters = recording.expected.iter().filter(|(_, e)| e.rule.kind == Kind::Parameter);
+        let squares: Vec<f64> = parameters
+            .flat_map(|(name, e)| e.tensor.values.iter().zip(&computed[name].values))
+            .map(|(a, b)| (a - b).powi(2))
+            .collect();
+        (!squares.is_empty()).then(|| Check {
+            tensor: "final (root mean square)".into(),
+            kind: Kind::Parameter,
+            error: (squares.iter().sum::<f64>() / squares.len() as f64).sqrt(),
+            allowed: tolerance.unwrap_or(self.train.learning_rate * WHOLE),
+        })
+    }
+}
+
+/// What a recording keeps of the balance losses of several micro-batches.
+#[derive(Clone, Copy, PartialEq)]
+enum Kept {
+    Sum,
+    Mean,
+    Last,
+}
+
+impl Kept {
+    const ALL: [Self; 3] = [Self::Sum, Self::Mean, Self::Last];
+
+    fn of(self, balances: &[f64]) -> f64 {
+        let sum: f64 = balances.iter().sum();
+        match self {
+            Self::Sum => sum,
+            Self::Mean => sum / balances.len() as f64,
+            Self::Last => balances.last().copied().unwrap_or(0.0),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sum => "sum",
+            Self::Mean => "mean over micro-batches",
+            Self::Last => "last",
+        }
     }
 }
 
@@ -210,8 +277,7 @@ fn expect_figures(
     Ok(())
 }
 
-/// The trained adapter. Where a gradient is rounding noise, AdamW still moves by up to its learning
-/// rate, whichever way the noise points; so this is what a parameter may be off.
+/// The trained adapter.
 fn expect_final(
     folder: &Path,
     loaded: &LoadedAdapter,
