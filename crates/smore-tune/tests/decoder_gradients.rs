@@ -1,7 +1,8 @@
 //! The whole decoder's backward pass against central differences in f64, with each kind of
 //! adapter, with full fine-tuning, and through the routers.
 
-use smore::adapter::{Noise, NoiseKey};
+use smore::adapter::{AnyAdapter, Noise, NoiseKey};
+use smore::kernel::GateNoise;
 use smore_engine::Cpu;
 use smore_tune::checkpoint::save_model;
 use smore_tune::config::AdapterConfig;
@@ -132,6 +133,37 @@ fn smore_with_each_gate_and_position() {
         let noise = NoiseKey { seed: 1, step: 2, place: 0 };
         check(&mut model, Some(noise), 7);
     }
+}
+
+/// A step with noise from outside is the step that draws it.
+#[test]
+fn noise_can_be_given() {
+    let model = adapted(
+        r#"{"kind": "smore", "targets": ["q_proj", "up_proj"], "init": "normal",
+            "layers": [{"experts": 3, "fanout": 2, "rank": 2}, {"experts": 3, "fanout": 2, "rank": 1}],
+            "gate": {"kind": "noisy_topk", "router_width": 3, "router_input_width": 4}}"#,
+    );
+    let key = NoiseKey { seed: 1, step: 2, place: 0 };
+    let mut given: Vec<GateNoise<f64>> = Vec::new();
+    for slot in &model.adapters.slots {
+        let AnyAdapter::Smore(smore) = &slot.adapter else { unreachable!() };
+        let key = NoiseKey { place: slot.place as u64, ..key };
+        given.push(GateNoise::draw(&smore.spec, key, batch().ids.len()));
+    }
+    let step = |noise| {
+        let mut grads = vec![0.0; model.trained()];
+        (model.step(&batch(), SCALES, Some(noise), &mut grads).losses, grads)
+    };
+    let drawn = step(Noise::Drawn(key));
+    assert_eq!(drawn, step(Noise::Given(&given)));
+    given.reverse();
+    assert_ne!(drawn, step(Noise::Given(&given)));
+    let logits = |noise| model.states_and_logits(&batch(), noise).1;
+    assert_eq!(logits(Some(Noise::Drawn(key))), {
+        given.reverse();
+        logits(Some(Noise::Given(&given)))
+    });
+    assert_ne!(logits(Some(Noise::Given(&given))), logits(None));
 }
 
 /// The bottom-up router, whose choices depend on what comes from below, and the ablations.

@@ -24,7 +24,7 @@ pub(super) fn noisy(slot: &Slot) -> Option<&SmoreSpec> {
 }
 
 /// The recorded noise of every micro-batch, for every adapter in order; `None` where nothing was
-/// recorded or no gate draws any.
+/// recorded.
 ///
 /// Tensors are `noise.<k>`, counted over all micro-batches, or `noise.<step>.<k>`, each
 /// `[B * T, ..]`; or `noise.<k>` counted within a micro-batch, `[micro-batches, B * T, ..]`.
@@ -35,8 +35,10 @@ pub(super) fn read(
 ) -> Result<Option<Vec<Vec<GateNoise<f64>>>>> {
     let calls = calls(adapters);
     let names = names(source);
-    if names.is_empty() || calls.is_empty() {
-        return Ok(None);
+    let Some(first) = names.first() else { return Ok(None) };
+    if calls.is_empty() {
+        let message = format!("holds `{first}`, but no gate of this case draws noise");
+        return Err(source.error(message));
     }
     let (n, k) = (micro_batches.len(), calls.len());
     let stacked = names.len() == k && n > 1;

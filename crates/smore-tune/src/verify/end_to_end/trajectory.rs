@@ -106,7 +106,10 @@ impl Trajectory {
             return Err(data_error(&file, "no `steps` and no list `float32` of steps".into()));
         };
         expect_figures(&file, figures.map_or(&[], Vec::as_slice), steps, recording)?;
-        let accumulated = settings.grad_accum.unwrap_or(1).max(1);
+        let accumulated = settings.grad_accum.unwrap_or(1);
+        if accumulated == 0 {
+            return Err(data_error(&file, "`grad_accum` is 0; expected at least 1".into()));
+        }
         let mut source = Source::open(&folder.join("batches.safetensors"))?;
         let apart = folder.join("noise.safetensors");
         if apart.exists() {
@@ -114,7 +117,8 @@ impl Trajectory {
         }
         let unknown = source.tensors.keys().filter(|name| !super::is_input(name));
         recording.unknown.extend(unknown.cloned());
-        let micro_batches = Tokens::batches(&source, steps * accumulated, spec.vocabulary)?;
+        let n = steps.saturating_mul(accumulated);
+        let micro_batches = Tokens::batches(&source, n, spec.vocabulary)?;
         let empty = |window: &[Tokens]| window.iter().all(|t| t.batch.targets.is_empty());
         if let Some(step) = micro_batches.chunks(accumulated).position(empty) {
             let message = format!("no token has a label to predict in step {}", step + 1);
