@@ -98,11 +98,11 @@ fn what_we_record_passes_and_is_not_empty() {
         // Seven tokens have a label.
         let balance = number("eval", "loss") - number("eval", "loss_num_items_in_batch_50");
         let cross_entropy = balance / (1.0 - 7.0 / 50.0);
-        if !adapter.contains("noisy") {
-            assert!((cross_entropy - number("train", "ce")).abs() < 1e-5);
-        } else {
+        if adapter.contains("noisy") {
             assert!((cross_entropy - number("train", "ce")).abs() > 1e-5);
             assert_ne!(tensors["train_logits"], tensors["logits"]);
+        } else {
+            assert!((cross_entropy - number("train", "ce")).abs() < 1e-5);
         }
     }
 }

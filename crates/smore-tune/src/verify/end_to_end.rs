@@ -67,6 +67,7 @@
 //! and all of them together may not.
 
 mod batch;
+mod figures;
 mod fixture;
 mod noise;
 mod trajectory;
@@ -312,9 +313,12 @@ impl Expected {
     ) -> Check {
         let (recorded, rule) = (&self.tensor, self.rule);
         assert_eq!(recorded.shape, computed.shape, "shape of `{name}`");
-        let kept = |tensor: &Tensor| match rule.by_token {
-            true => select(&tensor.values, rows, tensor.shape[2]),
-            false => tensor.values.clone(),
+        let kept = |tensor: &Tensor| {
+            if rule.by_token {
+                select(&tensor.values, rows, tensor.shape[2])
+            } else {
+                tensor.values.clone()
+            }
         };
         let (a, b) = (kept(recorded), kept(computed));
         let error = match (rule.kind, rule.scale) {

@@ -1,13 +1,14 @@
 //! A base, with or without an adapter, on one batch.
 
 use super::batch::Tokens;
+use super::figures::{Figure, add_figures, figure, json};
 use super::{Recording, Rule, Scale, Source, keys, noise, scalar};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::generate::likeliest;
 use crate::inject::Adapters;
 use crate::model::spec::DecoderSpec;
 use crate::model::{Batch, Model, Scales};
-use crate::verify::case::{Tensor, Tensors, data_error, read};
+use crate::verify::case::{Tensor, Tensors, data_error};
 use serde_json::Value;
 use smore::adapter::Noise;
 use smore::kernel::GateNoise;
@@ -18,6 +19,8 @@ use std::path::Path;
 const STATES: f64 = 2e-4;
 /// Losses, absolute.
 const LOSS: f64 = 1e-5;
+/// Rotary frequencies and learning rates, each of itself.
+pub(super) const RATES: f64 = 1e-6;
 /// Gradients and their norm, of the tensor's largest value.
 pub(super) const GRADIENTS: f64 = 5e-4;
 /// The least that counts as a gradient's largest value, of the whole adapter's.
@@ -35,35 +38,6 @@ pub(super) struct Fixture {
     foreign_balance: Option<f64>,
     /// Longest sequence.
     pub(super) context: usize,
-}
-
-/// A recorded number's meaning.
-enum Figure {
-    /// Cross-entropy per label and balance loss.
-    Loss,
-    /// Cross-entropy over this many instead of the labels, and balance loss.
-    LossOver(f64),
-    CrossEntropy,
-    Balance,
-    GradNorm,
-}
-
-/// Meaning of a figure's name, and whether it is of training.
-fn figure(name: &str) -> Option<(Figure, bool)> {
-    let (rest, train) = match name.split_once('.') {
-        Some(("train", rest)) => (rest, true),
-        Some(("eval", rest)) => (rest, false),
-        _ if name == "eval_loss" => ("loss", false),
-        _ => (name, true),
-    };
-    let figure = match rest {
-        "loss" => Figure::Loss,
-        "ce" => Figure::CrossEntropy,
-        "balance_loss" => Figure::Balance,
-        "grad_norm" if train => Figure::GradNorm,
-        _ => Figure::LossOver(rest.strip_prefix("loss_num_items_in_batch_")?.parse().ok()?),
-    };
-    Some((figure, train))
 }
 
 impl Fixture {
@@ -112,60 +86,72 @@ impl Fixture {
         adapters: &Adapters,
         recording: &mut Recording,
     ) -> Result<()> {
-        let [batch, length] = self.tokens.shape;
-        let by_token = |width| vec![batch, length, width];
         let params = keys(adapters);
         let gradients = source.tensors.iter().filter(|(name, _)| name.starts_with("grad."));
         let largest = gradients.flat_map(|(_, t)| &t.values).fold(0.0f64, |a, x| a.max(x.abs()));
         for (name, tensor) in &source.tensors {
-            let states = Rule { by_token: true, ..Rule::value(Scale::Absolute, STATES) };
-            let index = |prefix: &str| name.strip_prefix(prefix)?.parse::<usize>().ok();
-            let (rule, shape) = if name == "logits" || name == "train_logits" {
-                (states, by_token(spec.vocabulary))
-            } else if let Some(i) = index("hidden.") {
-                if i > spec.blocks {
-                    let blocks = spec.blocks;
-                    let message = format!(
-                        "`{name}`: the model has {blocks} blocks, the last \
-                                           hidden state is `hidden.{blocks}`"
-                    );
-                    return Err(source.error(message));
-                }
-                (states, by_token(spec.hidden))
-            } else if let Some(last) = index("long_logits_last") {
-                let long = source.tensor("long_input_ids")?;
-                if last == 0 || last > long.shape[1] {
-                    let message =
-                        format!("`{name}`: `long_input_ids` has {} tokens", long.shape[1]);
-                    return Err(source.error(message));
-                }
-                let rule = Rule::value(Scale::Absolute, STATES);
-                (rule, vec![long.shape[0], last, spec.vocabulary])
-            } else if name == "inv_freq" {
-                (Rule::value(Scale::Each, 1e-6), vec![spec.head_dim / 2])
-            } else if let Some(key) = name.strip_prefix("grad.") {
+            let (rule, shape) = if let Some(key) = name.strip_prefix("grad.") {
                 let Some((_, shape)) = params.get(&*key.replace(".default.", ".")) else {
                     let message = format!("`{name}`: the adapter has no parameter `{key}`");
                     return Err(source.error(message));
                 };
                 (Rule::gradient(SMALLEST_GRADIENT * largest, GRADIENTS), shape.clone())
-            } else if name == "n_trainable" {
-                (Rule::index(), vec![])
+            } else if let Some(rule) = self.value(source, name, spec)? {
+                rule
             } else {
-                match figure(name) {
-                    Some((Figure::GradNorm, _)) => (Rule::gradient(0.0, GRADIENTS), vec![]),
-                    Some(_) => (Rule::value(Scale::Absolute, LOSS), vec![]),
-                    None if super::is_input(name) => continue,
-                    None => {
-                        recording.unknown.push(name.clone());
-                        continue;
-                    }
+                if !super::is_input(name) {
+                    recording.unknown.push(name.clone());
                 }
+                continue;
             };
             source.shaped(name, &shape)?;
             recording.put(name, tensor.clone(), rule);
         }
         Ok(())
+    }
+
+    /// How a state or a figure is compared, and its shape; `None` for other names.
+    fn value(
+        &self,
+        source: &Source,
+        name: &str,
+        spec: &DecoderSpec,
+    ) -> Result<Option<(Rule, Vec<usize>)>> {
+        let [batch, length] = self.tokens.shape;
+        let states = Rule::value(Scale::Absolute, STATES);
+        let of_tokens = Rule { by_token: true, ..states };
+        let number = |prefix: &str| {
+            let digits = name.strip_prefix(prefix)?;
+            digits.parse::<usize>().ok().filter(|i| i.to_string() == digits)
+        };
+        if let Some(i) = number("hidden.") {
+            let blocks = spec.blocks;
+            return if i <= blocks {
+                Ok(Some((of_tokens, vec![batch, length, spec.hidden])))
+            } else {
+                Err(source.error(format!(
+                    "`{name}`: the last hidden state of {blocks} blocks is `hidden.{blocks}`"
+                )))
+            };
+        }
+        if let Some(last) = number("long_logits_last") {
+            let [sequences, tokens] = self.long.as_ref().map_or([0, 0], |long| long.shape);
+            return if (1..=tokens).contains(&last) {
+                Ok(Some((states, vec![sequences, last, spec.vocabulary])))
+            } else {
+                Err(source.error(format!("`{name}`: `long_input_ids` has {tokens} tokens")))
+            };
+        }
+        Ok(match (name, figure(name)) {
+            ("logits" | "train_logits", _) => {
+                Some((of_tokens, vec![batch, length, spec.vocabulary]))
+            }
+            ("inv_freq", _) => Some((Rule::value(Scale::Each, RATES), vec![spec.head_dim / 2])),
+            ("n_trainable", _) => Some((Rule::index(), vec![])),
+            (_, Some((Figure::GradNorm, _))) => Some((Rule::gradient(0.0, GRADIENTS), vec![])),
+            (_, Some(_)) => Some((Rule::value(Scale::Absolute, LOSS), vec![])),
+            (_, None) => None,
+        })
     }
 
     /// `generate.json`: `{"prompt": [..], "greedy": {"use_cache": [..], "no_cache": [..]}}`.
@@ -181,12 +167,12 @@ impl Fixture {
         let json = json(file)?;
         let tokens = |value: &Value, key: &str| -> Result<Vec<u32>> {
             let token = |v: &Value| v.as_u64().filter(|&t| t < vocabulary as u64);
-            let list = value.as_array().map(|list| list.iter().map(token).collect::<Option<_>>());
-            let Some(Some(ids)) = list else {
+            let ids: Option<Vec<u64>> =
+                value.as_array().and_then(|list| list.iter().map(token).collect());
+            let Some(ids) = ids else {
                 let message = format!("`{key}` is no list of tokens below {vocabulary}");
                 return Err(data_error(file, message));
             };
-            let ids: Vec<u64> = ids;
             Ok(ids.into_iter().map(|id| id as u32).collect())
         };
         self.prompt = tokens(&json["prompt"], "prompt")?;
@@ -398,36 +384,4 @@ fn continuation(model: &Model<Cpu<f32>>, prompt: &[u32], len: usize, cached: boo
         ids.push(likeliest(&logits));
     }
     ids
-}
-
-fn json(file: &Path) -> Result<Value> {
-    let bytes = read(file, "recorded figures")?;
-    serde_json::from_slice(&bytes).map_err(|e| Error::Data {
-        file: file.to_path_buf(),
-        line: Some(e.line()),
-        message: format!("not valid JSON: {e}"),
-    })
-}
-
-/// Adds the numbers of `fixture.json` as tensors: `loss`, `eval.loss` and so on. Keys outside of
-/// `eval` and `train` that are no figures are about the recording itself.
-fn add_figures(file: &Path, json: &Value, tensors: &mut Tensors) -> Result<()> {
-    let Some(keys) = json.as_object() else {
-        return Err(data_error(file, "expected an object of figures".into()));
-    };
-    let inner = ["eval", "train"].into_iter().flat_map(|part| {
-        let figures = json[part].as_object().into_iter().flatten();
-        figures.map(move |(key, value)| (format!("{part}.{key}"), value))
-    });
-    let outer = keys.iter().filter(|(k, _)| figure(k).is_some() || *k == "n_trainable");
-    for (name, value) in outer.map(|(k, v)| (k.clone(), v)).chain(inner) {
-        match value {
-            Value::Null => {}
-            Value::Number(x) => {
-                tensors.insert(name, scalar(x.as_f64().unwrap_or(f64::NAN)));
-            }
-            _ => return Err(data_error(file, format!("`{name}` is {value}; expected a number"))),
-        }
-    }
-    Ok(())
 }

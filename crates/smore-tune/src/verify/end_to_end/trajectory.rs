@@ -1,7 +1,7 @@
 //! A recorded training run, step by step.
 
 use super::batch::Tokens;
-use super::fixture::GRADIENTS;
+use super::fixture::{GRADIENTS, RATES};
 use super::{Recording, Rule, Scale, Source, keys, noise, scalar};
 use crate::checkpoint::{LoadedAdapter, read_values};
 use crate::config::{LrScheduler, TrainConfig};
@@ -20,8 +20,6 @@ use std::path::Path;
 
 /// Losses of every step, absolute.
 const LOSS: f64 = 1e-4;
-/// Learning rates, each relative to itself.
-const RATE: f64 = 1e-6;
 /// The root mean square of all parameters, of the learning rate.
 const WHOLE: f64 = 1e-2;
 
@@ -270,7 +268,7 @@ fn expect_figures(
             ("loss", of.loss, loss),
             ("balance_loss", of.balance_loss, loss),
             ("grad_norm", of.grad_norm, norm),
-            ("lr", of.lr, Rule::value(Scale::Each, RATE)),
+            ("lr", of.lr, Rule::value(Scale::Each, RATES)),
         ] {
             if let Some(value) = value {
                 recording.put(&format!("{name}.{step}"), scalar(value), rule);
