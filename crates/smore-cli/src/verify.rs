@@ -119,7 +119,7 @@ fn line(path: &Path, width: usize, result: &Result<CaseReport, Error>) -> String
         Some(e) => format!("parameters {e:<7.1e}  "),
         None => String::new(),
     };
-    let notes: String = report.notes.iter().map(|note| format!("\n      {note}")).collect();
+    let notes = [&[String::new()], &report.notes[..]].concat().join("\n      ");
     format!(
         "{verdict:5} {name:width$}  values {values:<7}  gradients {gradients:<7}  {parameters}\
          {worst}{notes}"
