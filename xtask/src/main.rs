@@ -90,10 +90,11 @@ fn deny() -> Result<()> {
 }
 
 /// Test targets that look for SMORE_SHARED; without it they check nothing.
-const SHARED_TESTS: [&str; 7] = [
+const SHARED_TESTS: [&str; 8] = [
     "init",
     "parity_layer",
     "parity_base",
+    "parity_end_to_end",
     "shared_params",
     "shared_templates",
     "shared_tokenizer",

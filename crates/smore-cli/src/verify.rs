@@ -4,50 +4,18 @@ use anyhow::Result;
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use smore_tune::error::Error;
-use smore_tune::verify::{CaseReport, Kind, LayerCase, Tolerance, find_cases, write_tensors};
+use smore_tune::verify::{CaseReport, Kind, case_name, check_case, find_cases, write_tensors};
 use std::path::{Path, PathBuf};
 
-const LAYOUT: &str = "\
-Layout of a case: name.json and name.safetensors side by side; lists run from the leaves to the
-root. You can record your own from PyTorch.
-
-name.json
-  d_in, d_out     of the adapted linear map
-  config          s, f, r, d_g (lists), gate_type (switch, noisy_topk, dense), expert_act_fn
-                  (identity, relu, tanh, prelu|0.25)
-                  optional: gate_arch (mlp), gate_act_fn (relu), dim_downproj_x (0: as wide as x),
-                  activation_position (all), lora_alpha (none), balance_loss_weight (0.01),
-                  is_shared_expert_pool (false)
-  optional        dtype (f32, bf16, mixed, autocast), train_mode, has_mask, base_bias
-
-name.safetensors, needed
-  x [B, T, d_in], base.weight [d_out, d_in], param.<every parameter, as in an adapter file>
-  base.bias       if the map has one
-  g [B, T, d_out] where gradients or losses were recorded; loss_y is the sum of y * g
-  attention_mask [B, T]                                with a mask
-  noise.<l> [B*T, f_{L-1}, .., f_{l+1}, s_l]           noisy gate in training
-
-name.safetensors, optional; what is there is compared
-  y [B, T, d_out] with the base's output, loss_y, balance_loss, loss
-  topk_idx.<l>, topk_score.<l> [B*T, f_{L-1}, .., f_l]
-  hidden.<l> [B*T, f_{L-1}, .., f_{l+1}, d_{l+1}]
-  layer_balance_loss.<l>, load.<l>, importance.<l>
-  grad.<parameter>, grad.x                             of loss = loss_y + balance_loss
-  balance_grad.<parameter>, balance_grad.x             of balance_loss
-
-Errors are relative to each recorded tensor's largest value. Allowed are, for values and gradients,
-2e-5 and 2e-4 (f32, mixed) or 4e-2 and 6e-2 (bf16, autocast); in mixed cases 2^-6 for what ends in
-bf16 (y, grad.x). Chosen experts must be equal.
-
-Exit code: 0 all passed, 1 a case differs, 2 a case cannot be read or an argument is wrong.";
+const LAYOUT: &str = include_str!("verify_layout.txt");
 
 #[derive(clap::Args)]
 #[command(after_long_help = LAYOUT)]
 pub(crate) struct Args {
-    /// A recorded case's .json file, or a folder of cases
+    /// A layer case's .json file, the folder of a whole model's case, or a folder above any of them
     #[arg(required = true, value_name = "CASE")]
     cases: Vec<PathBuf>,
-    /// Allow this error, relative to each tensor's largest value, for values and gradients alike
+    /// Allow this error for everything but indices, in place of what the long help lists
     #[arg(long, value_name = "X", value_parser = positive)]
     tolerance: Option<f64>,
     /// With one case: write what was computed, under the recording's names and shapes
@@ -82,7 +50,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let message = format!("needs exactly one case, but {} were given", paths.len());
         return Err(Error::Config { file: "--dump".into(), message }.into());
     }
-    let width = paths.iter().map(|p| name(p).chars().count()).max().unwrap_or(0);
+    let width = paths.iter().map(|p| case_name(p).chars().count()).max().unwrap_or(0);
     let (mut passed, mut failed, mut broken) = (0, 0, Vec::new());
     let mut rows = Vec::new();
     for path in &paths {
@@ -120,27 +88,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn check(args: &Args, path: &Path) -> Result<CaseReport, Error> {
-    let case = LayerCase::open(path)?;
-    let computed = match args.device {
-        Device::Cpu => case.compute::<f32>()?,
+    let (report, computed) = match args.device {
+        Device::Cpu => check_case(path, args.tolerance)?,
     };
     if let Some(out) = &args.dump {
         write_tensors(&computed, out)?;
     }
-    let tolerance = match args.tolerance {
-        Some(x) => Tolerance::same(x),
-        None => Tolerance::of(case.precision),
-    };
-    Ok(case.compare(&computed, tolerance))
+    Ok(report)
 }
 
-fn name(path: &Path) -> String {
-    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-/// Verdict, name, largest errors, worst tensor.
+/// Verdict, name, largest errors, worst tensor; what else there is to say on lines below.
 fn line(path: &Path, width: usize, result: &Result<CaseReport, Error>) -> String {
-    let name = name(path);
+    let name = case_name(path);
     let report = match result {
         Ok(report) => report,
         Err(error) => return format!("ERROR {name:width$}  {error}"),
@@ -156,7 +115,15 @@ fn line(path: &Path, width: usize, result: &Result<CaseReport, Error>) -> String
         Some(w) => format!("worst {} ({:.1e}, allowed {:.1e})", w.tensor, w.error, w.allowed),
     };
     let (values, gradients) = (error(Kind::Value), error(Kind::Gradient));
-    format!("{verdict:5} {name:width$}  values {values:<7}  gradients {gradients:<7}  {worst}")
+    let parameters = match report.largest(Kind::Parameter) {
+        Some(e) => format!("parameters {e:<7.1e}  "),
+        None => String::new(),
+    };
+    let notes = [&[String::new()], &report.notes[..]].concat().join("\n      ");
+    format!(
+        "{verdict:5} {name:width$}  values {values:<7}  gradients {gradients:<7}  {parameters}\
+         {worst}{notes}"
+    )
 }
 
 fn row(path: &Path, result: &Result<CaseReport, Error>) -> Value {
@@ -167,12 +134,14 @@ fn row(path: &Path, result: &Result<CaseReport, Error>) -> Value {
             "passed": report.passed(),
             "values": report.largest(Kind::Value),
             "gradients": report.largest(Kind::Gradient),
+            "parameters": report.largest(Kind::Parameter),
             "worst": report.worst(),
             "checks": report.checks,
+            "notes": report.notes,
         }),
         Err(error) => json!({
             "case": path.display().to_string(),
-            "name": name(path),
+            "name": case_name(path),
             "passed": false,
             "error": error.to_string(),
         }),

@@ -29,7 +29,10 @@ use crate::model::spec::DecoderSpec;
 use manifest::Manifest;
 use smore::layout::Param;
 use std::path::Path;
-use tensors::{Tensors, read_adapter, write_tensors};
+use tensors::{Tensors, read_adapter, read_safetensors, write_tensors};
+
+/// Before every module path in an adapter file of PEFT.
+pub(crate) const PREFIX: &str = "base_model.model.";
 
 /// An adapter's settings, as its folder has them.
 #[derive(Clone, Debug, PartialEq)]
@@ -154,7 +157,7 @@ impl Settings {
 fn stored_names(config: &AdapterConfig, slot: &Slot, param: &Param) -> Vec<String> {
     let one = |name: &str| match config {
         AdapterConfig::MixLora(_) => moe_peft::stored_name("mixlora", &slot.param_path(name)),
-        _ => format!("base_model.model.{}", slot.param_path(name)),
+        _ => format!("{PREFIX}{}", slot.param_path(name)),
     };
     let pool = ["moe_A.0", "moe_A_bias.0", "moe_B.0", "moe_B_bias.0"];
     match config {
@@ -166,12 +169,31 @@ fn stored_names(config: &AdapterConfig, slot: &Slot, param: &Param) -> Vec<Strin
     }
 }
 
+/// The values of a safetensors file, laid out as `adapters` says.
+pub(crate) fn read_values(
+    file: &Path,
+    settings: &Settings,
+    adapters: &Adapters,
+) -> Result<Vec<f32>> {
+    place(file, read_safetensors(file)?, settings, adapters)
+}
+
 /// The values of all adapters.
 fn load_tensors(folder: &Path, settings: &Settings, adapters: &Adapters) -> Result<Vec<f32>> {
     let (file, tensors) = read_adapter(folder)?;
+    place(&file, tensors, settings, adapters)
+}
+
+/// Gives every tensor its place.
+fn place(
+    file: &Path,
+    tensors: Tensors,
+    settings: &Settings,
+    adapters: &Adapters,
+) -> Result<Vec<f32>> {
     let left = tensors.into_iter().map(|(name, t)| (name.replace(".default.", "."), t)).collect();
     let mut unplaced = Unplaced { left };
-    let bad = |message: String| Error::Adapter { file: file.clone(), message };
+    let bad = |message: String| Error::Adapter { file: file.to_owned(), message };
     // Settings that claim more values than there are must not claim memory for them. A mixture's
     // S'MoRE adds small identity matrices.
     let stored = unplaced.len();

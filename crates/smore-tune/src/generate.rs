@@ -98,12 +98,11 @@ pub fn generate(
 
 /// The next token; of equally likely ones the lowest.
 fn pick(logits: &[f32], sampling: Sampling, position: usize) -> u32 {
+    if sampling.temperature <= 0.0 {
+        return likeliest(logits);
+    }
     let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     let logit = |i: u32| f64::from(logits[i as usize]);
-    if sampling.temperature <= 0.0 {
-        let better = |a: u32, b: u32| if logit(b) > logit(a) { b } else { a };
-        return order.into_iter().reduce(better).unwrap_or(0);
-    }
     order.sort_by(|&a, &b| logit(b).total_cmp(&logit(a)).then(a.cmp(&b)));
     if sampling.top_k > 0 {
         order.truncate(sampling.top_k);
@@ -130,6 +129,12 @@ fn pick(logits: &[f32], sampling: Sampling, position: usize) -> u32 {
         }
     }
     order[count - 1]
+}
+
+/// The likeliest token; of equally likely ones the lowest.
+pub(crate) fn likeliest(logits: &[f32]) -> u32 {
+    let better = |a: u32, b: u32| if logits[b as usize] > logits[a as usize] { b } else { a };
+    (0..logits.len() as u32).reduce(better).unwrap_or(0)
 }
 
 #[cfg(test)]

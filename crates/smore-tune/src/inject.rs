@@ -5,7 +5,7 @@ use crate::error::Error;
 use crate::model::spec::{DecoderSpec, Proj};
 use crate::targets::{self, Unknown};
 use smore::adapter::{
-    Adapter, AnyAdapter, BlockAdapter, HydraLora, Lora, MixLora, NoiseKey, Smore,
+    Adapter, AnyAdapter, BlockAdapter, HydraLora, Lora, MixLora, Noise, NoiseKey, Smore,
 };
 use smore::config::{LoraConfig, MixLoraConfig, SmoreConfig};
 use smore::layout::Param;
@@ -56,9 +56,12 @@ impl Slot {
         }
     }
 
-    /// The key of this slot's random numbers in a step.
-    pub(crate) fn noise(&self, key: NoiseKey) -> NoiseKey {
-        NoiseKey { place: self.place as u64, ..key }
+    /// This slot's share of the noise of a step.
+    pub(crate) fn noise<'a>(&self, noise: Noise<'a>) -> Noise<'a> {
+        match noise {
+            Noise::Drawn(key) => Noise::Drawn(NoiseKey { place: self.place as u64, ..key }),
+            Noise::Given(slots) => Noise::Given(&slots[self.place..]),
+        }
     }
 
     /// Its parameters' names and shapes.

@@ -9,6 +9,7 @@ pub mod generate;
 pub mod inject;
 pub mod memory;
 pub mod model;
+mod optimizer;
 pub mod report;
 pub mod routing;
 pub mod run_folder;

@@ -14,12 +14,14 @@ pub struct Schedule {
 impl Schedule {
     /// A schedule over `total` optimizer steps.
     pub fn new(config: &TrainConfig, total: usize) -> Self {
-        Self {
-            kind: config.lr_scheduler_type,
-            peak: config.learning_rate,
-            warmup: (total as f64 * config.warmup_ratio).ceil() as usize,
-            total,
-        }
+        let warmup = (total as f64 * config.warmup_ratio).ceil() as usize;
+        Self::with_warmup(config, warmup, total)
+    }
+
+    /// As [`Schedule::new`], with `warmup` steps instead of the config's share.
+    pub(crate) fn with_warmup(config: &TrainConfig, warmup: usize, total: usize) -> Self {
+        let (kind, peak) = (config.lr_scheduler_type, config.learning_rate);
+        Self { kind, peak, warmup, total }
     }
 
     /// Rate of step `step`, counted from 0. As in Hugging Face's schedules the first step of a

@@ -15,6 +15,7 @@ use crate::model::folder::ModelFolder;
 use crate::model::spec::DecoderSpec;
 use crate::model::weights::{from_scratch, read_all};
 use crate::model::{Batch, Model, Scales, StepOutput};
+use crate::optimizer::Optimizer;
 use crate::routing::usage;
 use crate::run_folder::RunFolder;
 use crate::run_report;
@@ -23,9 +24,9 @@ use crate::template::Template;
 use crate::tokenizer::Tokenizer;
 use rand::seq::SliceRandom;
 use serde::Serialize;
-use smore::adapter::NoiseKey;
+use smore::adapter::{Noise, NoiseKey};
 use smore::rng::{Purpose, stream};
-use smore_engine::{AdamW, Cpu, Device, View, ViewMut};
+use smore_engine::Cpu;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -411,7 +412,7 @@ fn accumulate(
         let step = window.first_micro_batch + i as u64;
         let key = NoiseKey { seed: train.seed, step, place: 0 };
         let StepOutput { losses, balance_loss: balance, .. } =
-            model.step(batch, scales, Some(key), &mut optimizer.grads);
+            model.step(batch, scales, Some(Noise::Drawn(key)), &mut optimizer.grads);
         loss += losses.iter().sum::<f64>() * scales.loss;
         balance_loss += balance * scales.balance;
     }
@@ -433,59 +434,6 @@ fn accumulate(
     }
     let tokens = batches.iter().map(|b| b.ids.len()).sum();
     Ok(WindowResult { loss, balance_loss, tokens, trained_tokens })
-}
-
-/// Gradients and moments, laid out like the parameters.
-struct Optimizer {
-    grads: Vec<f32>,
-    m: Vec<f32>,
-    v: Vec<f32>,
-}
-
-impl Optimizer {
-    fn new(model: &Model<Cpu<f32>>) -> Self {
-        let zeros = || vec![0.0; model.trained()];
-        Self { grads: zeros(), m: zeros(), v: zeros() }
-    }
-
-    /// Clips, steps and clears the gradients; returns their norm before clipping.
-    fn step(
-        &mut self,
-        model: &mut Model<Cpu<f32>>,
-        train: &TrainConfig,
-        learning_rate: f64,
-        step: usize,
-    ) -> Result<f64> {
-        let (n, device) = (model.trained(), model.device);
-        let norm = device.sum_squares(View::new(&self.grads, n)).sqrt();
-        if !norm.is_finite() {
-            return Err(Error::Run(format!(
-                "the gradient's norm is {norm} at step {step}; lower train.learning_rate"
-            )));
-        }
-        // PyTorch's clip_grad_norm_, the 1e-6 included.
-        let factor = train.max_grad_norm / (norm + 1e-6);
-        if train.max_grad_norm > 0.0 && factor < 1.0 {
-            device.scale(factor, ViewMut::new(&mut self.grads, n));
-        }
-        let settings = AdamW {
-            learning_rate,
-            beta1: train.adam_beta1,
-            beta2: train.adam_beta2,
-            epsilon: train.adam_epsilon,
-            weight_decay: train.weight_decay,
-            step: step as u64,
-        };
-        device.adamw(
-            &settings,
-            ViewMut::new(&mut model.params, n),
-            View::new(&self.grads, n),
-            ViewMut::new(&mut self.m, n),
-            ViewMut::new(&mut self.v, n),
-        );
-        device.clear(ViewMut::new(&mut self.grads, n));
-        Ok(norm)
-    }
 }
 
 /// Mean cross-entropy per trained token of held-out samples, and the number of these tokens.

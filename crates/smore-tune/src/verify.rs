@@ -1,4 +1,5 @@
-//! Recorded cases of other implementations, computed again and compared.
+//! Recorded cases of other implementations, computed again and compared: single adapters, called
+//! layer cases, and whole models, see [`end_to_end`].
 //!
 //! # Layout of a layer case
 //!
@@ -60,14 +61,18 @@
 
 mod case;
 mod compute;
+pub mod end_to_end;
+mod find;
 
 pub use case::{LayerCase, Tensor, Tensors, read_tensors};
 pub use compute::write_tensors;
+pub use end_to_end::EndToEnd;
+pub use find::{case_name, check_case, find_cases};
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use serde::{Deserialize, Serialize};
 use smore_engine::Float;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The arithmetic a case was recorded in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -119,7 +124,7 @@ impl Tolerance {
         match (kind, self.handed_on) {
             (Kind::Index, _) => 0.0,
             (_, Some(tolerance)) if handed_on => tolerance,
-            (Kind::Value, _) => self.values,
+            (Kind::Value | Kind::Parameter, _) => self.values,
             (Kind::Gradient, _) => self.gradients,
         }
     }
@@ -133,7 +138,9 @@ pub enum Kind {
     Value,
     /// Gradients.
     Gradient,
-    /// Chosen experts.
+    /// Parameters after training.
+    Parameter,
+    /// Chosen experts or tokens.
     Index,
 }
 
@@ -156,8 +163,8 @@ pub struct Check {
     pub tensor: String,
     /// What it holds.
     pub kind: Kind,
-    /// Largest difference over the recorded tensor's largest value; of indices, the share that
-    /// differs.
+    /// Largest difference: over the recorded tensor's largest value, or as it is for values and
+    /// parameters of a whole model; of indices, the share that differs.
     pub error: f64,
     /// What was allowed.
     pub allowed: f64,
@@ -188,6 +195,9 @@ pub struct CaseReport {
     pub name: String,
     /// One entry per recorded tensor that was compared.
     pub checks: Vec<Check>,
+    /// What a reader should know besides: what was not compared, and why.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
 }
 
 impl CaseReport {
@@ -222,7 +232,7 @@ impl LayerCase {
             let allowed = tolerance.allowed(name, kind);
             checks.push(Check { tensor: name.clone(), kind, error, allowed });
         }
-        CaseReport { name: self.name.clone(), checks }
+        CaseReport { name: self.name.clone(), checks, notes: vec![] }
     }
 
     /// The smallest scale that means anything for a tensor: what is zero in theory is recorded as
@@ -260,39 +270,17 @@ pub fn layer_case<T: Float>(json_path: &Path, tolerance: Option<Tolerance>) -> R
     Ok(case.compare(&computed, tolerance.unwrap_or_else(|| Tolerance::of(case.precision))))
 }
 
-/// The cases that `path` names: itself, or those in a folder, sorted.
-///
-/// # Errors
-/// If there is nothing, or a folder without a case.
-pub fn find_cases(path: &Path) -> Result<Vec<PathBuf>> {
-    let what = "a case's .json file or a folder of cases";
-    if !path.is_dir() {
-        let missing = !path.exists();
-        return match path.extension() {
-            _ if missing => Err(Error::Missing { path: path.to_path_buf(), what: what.into() }),
-            Some(ending) if ending == "json" => Ok(vec![path.to_path_buf()]),
-            _ => Err(case::data_error(path, format!("expected {what}"))),
-        };
-    }
-    let entries = std::fs::read_dir(path).map_err(|e| Error::reading(path, what, e))?;
-    let mut cases: Vec<PathBuf> = entries
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .filter(|p| p.extension().is_some_and(|e| e == "json"))
-        .filter(|p| p.with_extension("safetensors").is_file())
-        .collect();
-    cases.sort();
-    if cases.is_empty() {
-        let message = "no case here: no .json file with a .safetensors file beside it";
-        return Err(case::data_error(path, message.into()));
-    }
-    Ok(cases)
-}
-
 /// Largest difference over the recorded tensor's largest value, or over `scale` where that is
 /// larger.
 fn distance(recorded: &[f64], computed: &[f64], scale: f64) -> f64 {
     let top = recorded.iter().fold(scale, |top: f64, x| top.max(x.abs()));
-    let differences = recorded.iter().zip(computed).map(|(a, b)| (a - b).abs() / top);
+    largest_difference(recorded, computed, |_| top)
+}
+
+/// Largest difference, each over the `scale` of its recorded value.
+fn largest_difference(recorded: &[f64], computed: &[f64], scale: impl Fn(f64) -> f64) -> f64 {
+    let pairs = recorded.iter().zip(computed);
+    let differences = pairs.map(|(&a, &b)| if a == b { 0.0 } else { (a - b).abs() / scale(a) });
     differences.fold(0.0, |worst, d| if d > worst || d.is_nan() { d } else { worst })
 }
 

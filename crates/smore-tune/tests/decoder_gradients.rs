@@ -1,7 +1,8 @@
 //! The whole decoder's backward pass against central differences in f64, with each kind of
 //! adapter, with full fine-tuning, and through the routers.
 
-use smore::adapter::NoiseKey;
+use smore::adapter::{AnyAdapter, Noise, NoiseKey};
+use smore::kernel::GateNoise;
 use smore_engine::Cpu;
 use smore_tune::checkpoint::save_model;
 use smore_tune::config::AdapterConfig;
@@ -69,7 +70,7 @@ fn adapted_family(family: &str, yaml: &str) -> Model<Dev> {
 
 fn total(model: &Model<Dev>, noise: Option<NoiseKey>) -> (f64, Vec<f64>, Vec<Tree>) {
     let mut grads = vec![0.0; model.trained()];
-    let out = model.step(&batch(), SCALES, noise, &mut grads);
+    let out = model.step(&batch(), SCALES, noise.map(Noise::Drawn), &mut grads);
     let loss = out.losses.iter().sum::<f64>() * SCALES.loss + out.balance_loss * SCALES.balance;
     let routing = out.routing.iter().flatten();
     let layers = routing.flat_map(|r| &r.tree.layers);
@@ -169,6 +170,34 @@ fn smore_with_each_gate_and_position() {
         let noise = NoiseKey { seed: 1, step: 2, place: 0 };
         check(&mut model, Some(noise), 7);
     }
+}
+
+/// A step with noise from outside is the step that draws it.
+#[test]
+fn noise_can_be_given() {
+    let model = adapted(
+        r#"{"kind": "smore", "targets": ["q_proj", "up_proj"], "init": "normal",
+            "layers": [{"experts": 3, "fanout": 2, "rank": 2}, {"experts": 3, "fanout": 2, "rank": 1}],
+            "gate": {"kind": "noisy_topk", "router_width": 3, "router_input_width": 4}}"#,
+    );
+    let key = NoiseKey { seed: 1, step: 2, place: 0 };
+    let mut given: Vec<GateNoise<f64>> = Vec::new();
+    for slot in &model.adapters.slots {
+        let AnyAdapter::Smore(smore) = &slot.adapter else { unreachable!() };
+        let key = NoiseKey { place: slot.place as u64, ..key };
+        given.push(GateNoise::draw(&smore.spec, key, batch().ids.len()));
+    }
+    let step = |noise: Noise| {
+        let mut grads = vec![0.0; model.trained()];
+        (model.step(&batch(), SCALES, Some(noise), &mut grads).losses, grads)
+    };
+    let logits = |noise: Option<Noise>| model.states_and_logits(&batch(), noise).1;
+    let drawn = (step(Noise::Drawn(key)), logits(Some(Noise::Drawn(key))));
+    assert_eq!(drawn, (step(Noise::Given(&given)), logits(Some(Noise::Given(&given)))));
+    assert_ne!(drawn.1, logits(None));
+    given.reverse();
+    assert_ne!(drawn.0, step(Noise::Given(&given)));
+    assert_ne!(drawn.1, logits(Some(Noise::Given(&given))));
 }
 
 /// The bottom-up router, whose choices depend on what comes from below, and the ablations.

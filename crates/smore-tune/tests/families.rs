@@ -37,7 +37,7 @@ fn logits_equal_those_of_transformers() {
         let (ids, want) = (&ids[..20], &logits[..20 * vocabulary]);
         let mut batch = Batch::default();
         batch.push(ids, &[true; 20]);
-        let (_, whole) = model.states_and_logits(&batch);
+        let (_, whole) = model.states_and_logits(&batch, None);
         let whole = difference(&whole, want);
 
         // Two tokens at first, then one by one.

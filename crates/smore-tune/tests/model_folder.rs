@@ -63,7 +63,7 @@ fn logits(dir: &Path) -> Vec<f32> {
     let model = Model::new(Cpu::<f32>::new(), &folder, adapters, &[], 16);
     let mut batch = Batch::default();
     batch.push(&[1, 5, 3, 10, 2, 7], &[true; 6]);
-    model.states_and_logits(&batch).1
+    model.states_and_logits(&batch, None).1
 }
 
 fn refusal(dir: &Path) -> String {

@@ -47,7 +47,7 @@ fn stories260k_equals_transformers() {
     let prompt: Vec<u32> = numbers(&reference["prompt"]["ids"]).iter().map(|&x| x as u32).collect();
     let mut batch = Batch::default();
     batch.push(&prompt, &vec![true; prompt.len()]);
-    let (_, logits) = model.states_and_logits(&batch);
+    let (_, logits) = model.states_and_logits(&batch, None);
     let first =
         largest_difference(&logits[..512], &numbers(&reference["prompt"]["first_position_logits"]));
     let last = largest_difference(
@@ -143,7 +143,7 @@ fn recorded_logits_with_and_without_adapters() {
             let ids = &ids[row * length..row * length + valid];
             let mut batch = Batch::default();
             batch.push(ids, &vec![true; valid]);
-            let (_, got) = model.states_and_logits(&batch);
+            let (_, got) = model.states_and_logits(&batch, None);
             let start = row * length * vocabulary;
             worst = worst.max(largest_difference(&got, &want[start..start + valid * vocabulary]));
         }

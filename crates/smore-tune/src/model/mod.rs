@@ -16,7 +16,7 @@ pub mod weights;
 use crate::inject::Adapters;
 use block::{BlockSaved, KvCache};
 use folder::ModelFolder;
-use smore::adapter::{Mode, NoiseKey};
+use smore::adapter::{Mode, Noise};
 use smore::kernel::{AdapterKernels, Routing};
 use smore_engine::{AttentionShape, Float, Span, View, ViewMut};
 use spec::{DecoderSpec, Proj};
@@ -228,7 +228,7 @@ impl<D: AdapterKernels> Model<D> {
         &self,
         batch: &Batch,
         scales: Scales,
-        noise: Option<NoiseKey>,
+        noise: Option<Noise>,
         grads: &mut D::Buf,
     ) -> StepOutput<D::Elem> {
         let (n, hidden) = (batch.ids.len(), self.spec.hidden);
@@ -289,17 +289,24 @@ impl<D: AdapterKernels> Model<D> {
         StepOutput { losses, balance_loss: balances.sum(), routing }
     }
 
-    /// Hidden states after the embedding and after every block, and the logits of every token.
-    pub fn states_and_logits(&self, batch: &Batch) -> (Vec<Vec<D::Elem>>, Vec<D::Elem>) {
+    /// Hidden states as transformers lists them: after the embedding, after every block but the
+    /// last, and after the final norm; and the logits of every token.
+    pub fn states_and_logits(
+        &self,
+        batch: &Batch,
+        noise: Option<Noise>,
+    ) -> (Vec<Vec<D::Elem>>, Vec<D::Elem>) {
         let (n, width) = (batch.ids.len(), batch.ids.len() * self.spec.hidden);
         let mut x = self.embed(&batch.ids);
-        let mut states = vec![self.device.download(View::new(&x, width))];
-        let mode = Mode { valid: None, noise: None };
+        let mut states = Vec::new();
+        let mode = Mode { valid: None, noise };
         for b in 0..self.spec.blocks {
             let shape = self.attention_shape(batch, b);
-            self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
             states.push(self.device.download(View::new(&x, width)));
+            self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
         }
+        let (h, _) = self.final_norm(&x, n);
+        states.push(self.device.download(View::new(&h, width)));
         let logits = self.logits_of(&x, n);
         (states, logits)
     }

@@ -53,15 +53,19 @@ impl Rope {
         Ok(Self { theta, llama3 })
     }
 
-    /// Cosines and sines for positions 0..n: `[n, 2, head_dim / 2]`.
-    pub fn table(&self, n: usize, head_dim: usize) -> Vec<f64> {
-        let half = head_dim / 2;
-        let frequencies: Vec<f64> = (0..half)
+    /// Angle per position of each pair of coordinates: `[head_dim / 2]`.
+    pub fn frequencies(&self, head_dim: usize) -> Vec<f64> {
+        (0..head_dim / 2)
             .map(|i| self.theta.powf(-2.0 * i as f64 / head_dim as f64))
             .map(|f| self.llama3.map_or(f, |s| s.stretch(f)))
             // The model was trained with angles computed in f32.
             .map(|f| f64::from(f as f32))
-            .collect();
+            .collect()
+    }
+
+    /// Cosines and sines for positions 0..n: `[n, 2, head_dim / 2]`.
+    pub fn table(&self, n: usize, head_dim: usize) -> Vec<f64> {
+        let frequencies = self.frequencies(head_dim);
         let mut table = Vec::with_capacity(n * head_dim);
         for position in 0..n {
             let angles = frequencies.iter().map(|&f| f64::from(position as f32 * f as f32));

@@ -245,7 +245,7 @@ pub(super) fn data_error(file: &Path, message: String) -> Error {
 }
 
 /// A file's bytes. All that keeps a case from being read is wrong with the case.
-fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
+pub(super) fn read(path: &Path, what: &str) -> Result<Vec<u8>> {
     std::fs::read(path).map_err(|source| match Error::reading(path, what, source) {
         Error::Io { path, source } => data_error(&path, format!("cannot be read: {source}")),
         missing => missing,

@@ -312,7 +312,7 @@ impl LayerCase {
     }
 }
 
-/// Writes computed tensors as F32, tree indices as I64.
+/// Writes computed tensors as F32, tree indices and tokens as I64.
 ///
 /// # Errors
 /// If the file cannot be written.
@@ -320,7 +320,7 @@ pub fn write_tensors(tensors: &Tensors, path: &Path) -> Result<()> {
     let bytes: Vec<(Dtype, Vec<u8>)> = tensors
         .iter()
         .map(|(name, t)| {
-            if name.starts_with("topk_idx.") {
+            if name.starts_with("topk_idx.") || name.starts_with("generate.") {
                 (Dtype::I64, t.values.iter().flat_map(|&x| (x as i64).to_le_bytes()).collect())
             } else {
                 (Dtype::F32, t.values.iter().flat_map(|&x| (x as f32).to_le_bytes()).collect())

@@ -20,8 +20,17 @@ use smore_engine::{View, ViewMut};
 pub struct Mode<'a> {
     /// Tokens that count in balance losses, `[n]`; all where absent.
     pub valid: Option<&'a [bool]>,
-    /// Seed, step and place of random numbers, where the pass is a training step that draws any.
-    pub noise: Option<NoiseKey>,
+    /// Noise of noisy gates, where the pass is a training step.
+    pub noise: Option<Noise<'a>>,
+}
+
+/// Where the noise of a noisy gate comes from.
+#[derive(Clone, Copy, Debug)]
+pub enum Noise<'a> {
+    /// Drawn from N(0, 1), the same for the same key.
+    Drawn(NoiseKey),
+    /// Recorded elsewhere, for this linear map and those after it: the first is this one's.
+    Given(&'a [GateNoise<f64>]),
 }
 
 /// Names a stream of random numbers; see [`crate::rng::stream`].
@@ -227,5 +236,11 @@ impl<T: smore_engine::Float> GateNoise<T> {
         let mut layer =
             |len: usize| (0..len).map(|_| T::from_f64(StandardNormal.sample(&mut rng))).collect();
         Self { layers: spec.layers.iter().map(|l| layer(n * l.parents * l.experts)).collect() }
+    }
+
+    /// The same numbers in another precision.
+    fn cast<U: smore_engine::Float>(&self) -> GateNoise<U> {
+        let cast = |layer: &Vec<T>| layer.iter().map(|x| U::from_f64(x.to_f64())).collect();
+        GateNoise { layers: self.layers.iter().map(cast).collect() }
     }
 }

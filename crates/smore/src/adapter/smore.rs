@@ -6,7 +6,7 @@
 //! y     += W_proj hidden + bias_proj
 //! ```
 
-use super::{Adapter, MapAdapter, Mode};
+use super::{Adapter, MapAdapter, Mode, Noise};
 use crate::config::GateKind;
 use crate::init;
 use crate::kernel::{AdapterKernels, GateNoise, Pass, Routing};
@@ -128,8 +128,11 @@ impl Smore {
     }
 
     fn noise<T: smore_engine::Float>(&self, mode: Mode, n: usize) -> Option<GateNoise<T>> {
-        let key = mode.noise.filter(|_| self.spec.gate.kind == GateKind::NoisyTopk)?;
-        Some(GateNoise::draw(&self.spec, key, n))
+        let noise = mode.noise.filter(|_| self.spec.gate.kind == GateKind::NoisyTopk)?;
+        Some(match noise {
+            Noise::Drawn(key) => GateNoise::draw(&self.spec, key, n),
+            Noise::Given(maps) => maps[0].cast(),
+        })
     }
 }
 

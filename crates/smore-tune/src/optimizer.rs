@@ -1,0 +1,65 @@
+//! AdamW with clipping, as training and replayed trajectories use it.
+
+use crate::config::TrainConfig;
+use crate::error::{Error, Result};
+use crate::model::Model;
+use smore_engine::{AdamW, Cpu, Device, View, ViewMut};
+
+/// Gradients and moments, laid out like the parameters.
+pub(crate) struct Optimizer {
+    /// What the next step follows.
+    pub(crate) grads: Vec<f32>,
+    m: Vec<f32>,
+    v: Vec<f32>,
+}
+
+impl Optimizer {
+    /// No gradient yet, no past.
+    pub(crate) fn new(model: &Model<Cpu<f32>>) -> Self {
+        let zeros = || vec![0.0; model.trained()];
+        Self { grads: zeros(), m: zeros(), v: zeros() }
+    }
+
+    /// Clips, steps and clears the gradients; returns their norm before clipping. Steps count
+    /// from 1.
+    ///
+    /// # Errors
+    /// If the norm is not a number.
+    pub(crate) fn step(
+        &mut self,
+        model: &mut Model<Cpu<f32>>,
+        train: &TrainConfig,
+        learning_rate: f64,
+        step: usize,
+    ) -> Result<f64> {
+        let (n, device) = (model.trained(), model.device);
+        let norm = device.sum_squares(View::new(&self.grads, n)).sqrt();
+        if !norm.is_finite() {
+            return Err(Error::Run(format!(
+                "the gradient's norm is {norm} at step {step}; lower train.learning_rate"
+            )));
+        }
+        // PyTorch's clip_grad_norm_, the 1e-6 included.
+        let factor = train.max_grad_norm / (norm + 1e-6);
+        if train.max_grad_norm > 0.0 && factor < 1.0 {
+            device.scale(factor, ViewMut::new(&mut self.grads, n));
+        }
+        let settings = AdamW {
+            learning_rate,
+            beta1: train.adam_beta1,
+            beta2: train.adam_beta2,
+            epsilon: train.adam_epsilon,
+            weight_decay: train.weight_decay,
+            step: step as u64,
+        };
+        device.adamw(
+            &settings,
+            ViewMut::new(&mut model.params, n),
+            View::new(&self.grads, n),
+            ViewMut::new(&mut self.m, n),
+            ViewMut::new(&mut self.v, n),
+        );
+        device.clear(ViewMut::new(&mut self.grads, n));
+        Ok(norm)
+    }
+}
