@@ -2,7 +2,8 @@
 
 use assert_cmd::Command;
 use serde_json::Value;
-use smore_tune::checkpoint::save_adapter;
+use smore_tune::checkpoint::manifest::Manifest;
+use smore_tune::checkpoint::{Settings, save_adapter};
 use smore_tune::config::AdapterConfig;
 use smore_tune::inject::Adapters;
 use smore_tune::model::spec::DecoderSpec;
@@ -71,7 +72,8 @@ impl Case {
             *v += 0.02 * (((i * 37) % 23) as f32 - 11.0) / 11.0;
         }
         let folder = dir.path().join("case");
-        save_adapter(&folder, &config, Path::new(base_name), &adapters, &values).unwrap();
+        let settings = Settings::new(config, Path::new(base_name));
+        save_adapter(&folder, &settings, &adapters, &values, &Manifest::default()).unwrap();
         Self { _dir: dir, folder, spec }
     }
 
