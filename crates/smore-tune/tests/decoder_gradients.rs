@@ -1,7 +1,7 @@
 //! The whole decoder's backward pass against central differences in f64, with each kind of
 //! adapter, with full fine-tuning, and through the routers.
 
-use smore::adapter::{AnyAdapter, Noise, NoiseKey};
+use smore::adapter::{AnyAdapter, BlockAdapter, Noise, NoiseKey};
 use smore::kernel::GateNoise;
 use smore_engine::Cpu;
 use smore_tune::checkpoint::save_model;
@@ -151,6 +151,26 @@ fn lora_on_all_projections() {
 }
 
 #[test]
+fn hydra_lora_and_mix_lora() {
+    for family in ["llama", "gemma2"] {
+        let all = r#""targets": ["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]"#;
+        let mut model = adapted_family(
+            family,
+            &format!(r#"{{"kind": "hydra_lora", "heads": 3, "rank": 2, {all}}}"#),
+        );
+        check(&mut model, None, 11);
+        let mix = r#""kind": "mix_lora", "experts": 4, "fanout": 2, "rank": 2"#;
+        let mut model = adapted_family(family, &format!("{{{mix}, {all}}}"));
+        assert_eq!(model.adapters.slots.len(), 9);
+        check(&mut model, None, 11);
+        // Only some maps of the FFN, only in one block.
+        let some = r#""targets": {"modules": ["up_proj"], "blocks": [1]}"#;
+        let mut model = adapted_family(family, &format!("{{{mix}, {some}}}"));
+        check(&mut model, None, 3);
+    }
+}
+
+#[test]
 fn smore_with_each_gate_and_position() {
     let gates = [
         r#"{"kind": "switch", "router_width": 3, "router_input_width": 4, "activation": "tanh"}"#,
@@ -183,7 +203,7 @@ fn noise_can_be_given() {
     let key = NoiseKey { seed: 1, step: 2, place: 0 };
     let mut given: Vec<GateNoise<f64>> = Vec::new();
     for slot in &model.adapters.slots {
-        let AnyAdapter::Smore(smore) = &slot.adapter else { unreachable!() };
+        let BlockAdapter::Map(AnyAdapter::Smore(smore)) = &slot.adapter else { unreachable!() };
         let key = NoiseKey { place: slot.place as u64, ..key };
         given.push(GateNoise::draw(&smore.spec, key, batch().ids.len()));
     }
