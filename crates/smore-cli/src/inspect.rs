@@ -6,14 +6,14 @@ mod tables;
 
 use self::others::{Lora, full, mixture};
 use anyhow::Result;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use smore::config::{GateKind, LayerConfig, SmoreConfig};
 use smore::counting::flexibility::Choice;
 use smore::counting::{AuthorStats, Parameters, lora_rank_for};
 use smore::spec::SmoreSpec;
 use smore::targets::Targets;
 use smore_tune::checkpoint::read_settings;
-use smore_tune::config::{AdapterConfig, RunConfig};
+use smore_tune::config::{AdapterConfig, AdapterSection};
 use smore_tune::error::Error;
 use smore_tune::model::spec::{DecoderSpec, Proj};
 use smore_tune::targets::{Unknown, resolve};
@@ -104,22 +104,14 @@ impl Subject {
             return Ok(Self { config, router_widths: Some(widths), model, file });
         }
         let path = if path.is_dir() { run } else { path.to_owned() };
-        let what = "an adapter's folder, a run's configuration or its adapter section";
-        let bytes = std::fs::read(&path).map_err(|e| Error::reading(&path, what, e))?;
-        let file = path.display().to_string();
-        let text = String::from_utf8(bytes).map_err(|_| Error::Config {
-            file: file.clone(),
-            message: "not UTF-8 text; expected YAML or JSON".into(),
-        })?;
-        let (text, names_model) = complete(text);
-        let run = RunConfig::parse(&text, &file)?;
-        if let AdapterConfig::Saved(saved) = &run.adapter {
+        let section = AdapterSection::load(&path)?;
+        if let AdapterConfig::Saved(saved) = &section.adapter {
             let mut subject = Self::read(&saved.path)?;
-            subject.model = names_model.then_some(run.model).or(subject.model);
+            subject.model = section.model.or(subject.model);
             return Ok(subject);
         }
-        let model = names_model.then_some(run.model);
-        Ok(Self { config: run.adapter, router_widths: None, model, file })
+        let file = path.display().to_string();
+        Ok(Self { config: section.adapter, router_widths: None, model: section.model, file })
     }
 
     fn error(&self, message: String) -> Error {
@@ -147,41 +139,6 @@ fn named_base(file: &Path, folder: &Path) -> Option<PathBuf> {
     let name = json["base_model_name_or_path"].as_str()?;
     let candidates = [PathBuf::from(name), folder.join(name)];
     candidates.into_iter().find(|c| c.join("config.json").is_file())
-}
-
-/// Puts a bare adapter section where a run has it and fills in what only training needs. Also says
-/// whether a model was named.
-fn complete(text: String) -> (String, bool) {
-    let needed = [
-        ("model", json!("unnamed")),
-        ("data", json!({"train": [{"path": "unnamed"}]})),
-        ("output_dir", json!("unnamed")),
-    ];
-    if let Ok(Value::Object(keys)) = serde_json::from_str(&text) {
-        let names_model = keys.contains_key("model");
-        let bare = !keys.contains_key("adapter");
-        let mut run = if bare { Map::from_iter([("adapter".into(), json!(keys))]) } else { keys };
-        for (key, value) in needed {
-            run.entry(key).or_insert(value);
-        }
-        return (Value::Object(run).to_string(), names_model);
-    }
-    let is_key = |line: &str, key| {
-        line.strip_prefix(key).is_some_and(|rest: &str| rest.trim_start().starts_with(':'))
-    };
-    let has = |key| text.lines().any(|line| is_key(line, key));
-    let mut missing = String::new();
-    for (key, value) in needed.iter().filter(|(key, _)| !has(*key)) {
-        missing.extend(["\n", *key, ": ", &value.to_string()]);
-    }
-    let names_model = has("model");
-    let body = if has("adapter") {
-        text
-    } else {
-        let lines: Vec<_> = text.lines().map(|line| format!("  {line}")).collect();
-        format!("adapter:\n{}", lines.join("\n"))
-    };
-    (body + &missing, names_model)
 }
 
 /// The base model.

@@ -241,13 +241,7 @@ fn default_cutoff_len() -> usize {
 impl RunConfig {
     /// Reads, parses and validates the file at `path`.
     pub fn load(path: &Path) -> Result<Self> {
-        let text = fs::read_to_string(path).map_err(|source| match source.kind() {
-            std::io::ErrorKind::InvalidData => {
-                config_error(&path.display().to_string(), "not UTF-8 text; expected YAML")
-            }
-            _ => Error::reading(path, "a run configuration in YAML", source),
-        })?;
-        Self::parse(&text, &path.display().to_string())
+        Self::parse(&read_text(path, "a run configuration in YAML")?, &path.display().to_string())
     }
 
     /// Parses and validates `text`; `name` stands for the file in messages.
@@ -271,6 +265,45 @@ impl RunConfig {
         self.data.validate()?;
         self.train.validate()
     }
+}
+
+/// The adapter that a file describes: a run's configuration, or an adapter section by itself.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterSection {
+    /// The adapter.
+    pub adapter: AdapterConfig,
+    /// The base model, where one is named.
+    pub model: Option<PathBuf>,
+}
+
+impl AdapterSection {
+    /// Reads and parses the file at `path`.
+    ///
+    /// # Errors
+    /// A missing file, or what is wrong in it, with its line.
+    pub fn load(path: &Path) -> Result<Self> {
+        Self::parse(
+            &read_text(path, "a run's configuration or its adapter section")?,
+            &path.display().to_string(),
+        )
+    }
+
+    /// Parses `text`; `name` stands for the file in messages.
+    ///
+    /// # Errors
+    /// What is wrong, with its line.
+    pub fn parse(text: &str, name: &str) -> Result<Self> {
+        yaml::parse_section(text, name)
+    }
+}
+
+fn read_text(path: &Path, what: &str) -> Result<String> {
+    fs::read_to_string(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::InvalidData => {
+            config_error(&path.display().to_string(), "not UTF-8 text; expected YAML")
+        }
+        _ => Error::reading(path, what, source),
+    })
 }
 
 impl DataConfig {

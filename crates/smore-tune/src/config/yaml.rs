@@ -10,32 +10,56 @@ use serde::de::{
 };
 use serde::{Deserialize, Deserializer};
 
-use super::{AdapterConfig, DataConfig, RunConfig, TrainConfig, config_error};
+use super::{AdapterConfig, AdapterSection, DataConfig, RunConfig, TrainConfig, config_error};
 use crate::error::{Result, nearest};
 
 /// The names of [`AdapterConfig`]'s kinds.
 const ADAPTER_KINDS: [&str; 6] = ["smore", "lora", "hydra_lora", "mix_lora", "saved", "full"];
 
+/// Calls `$parse` with the variant of [`AdapterConfig`] that `$kind` names: the kind decides which
+/// keys an adapter section may have. Serde's own tagged enums buffer the section first and lose the
+/// line numbers, so the kind is read ahead.
+macro_rules! by_kind {
+    ($kind:expr, $name:expr, |$variant:ident| $parse:expr) => {
+        match $kind {
+            "smore" => (|$variant: fn(_) -> _| $parse)(AdapterConfig::Smore),
+            "lora" => (|$variant: fn(_) -> _| $parse)(AdapterConfig::Lora),
+            "hydra_lora" => (|$variant: fn(_) -> _| $parse)(AdapterConfig::HydraLora),
+            "mix_lora" => (|$variant: fn(_) -> _| $parse)(AdapterConfig::MixLora),
+            "saved" => (|$variant: fn(_) -> _| $parse)(AdapterConfig::Saved),
+            "full" => (|$variant: fn(_) -> _| $parse)(AdapterConfig::Full),
+            other => {
+                let known = ADAPTER_KINDS.join(", ");
+                let hint = did_you_mean(other, ADAPTER_KINDS);
+                let message = format!("adapter.kind is `{other}`; expected one of {known}{hint}");
+                Err(config_error($name, message))
+            }
+        }
+    };
+}
+
 /// Parses a configuration without checking its values.
 pub(super) fn parse(text: &str, name: &str) -> Result<RunConfig> {
-    // The kind decides which keys the adapter section may have. Serde's own tagged enums buffer
-    // the section first and lose the line numbers, so the kind is read ahead.
     let probe: KindProbe = from_yaml(text, name)?;
-    let kind = probe.adapter.kind.as_str();
-    match kind {
-        "smore" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::Smore)),
-        "lora" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::Lora)),
-        "hydra_lora" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::HydraLora)),
-        "mix_lora" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::MixLora)),
-        "saved" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::Saved)),
-        "full" => Ok(RawConfig::parse(text, name)?.with(AdapterConfig::Full)),
-        _ => {
-            let known = ADAPTER_KINDS.join(", ");
-            let hint = did_you_mean(kind, ADAPTER_KINDS);
-            let message = format!("adapter.kind is `{kind}`; expected one of {known}{hint}");
-            Err(config_error(name, message))
-        }
+    by_kind!(probe.adapter.kind.as_str(), name, |variant| {
+        Ok(RawConfig::parse(text, name)?.with(variant))
+    })
+}
+
+/// Parses the adapter section of a configuration that may lack all others, or a section by itself.
+pub(super) fn parse_section(text: &str, name: &str) -> Result<AdapterSection> {
+    let probe: SectionProbe = from_yaml(text, name)?;
+    if let Some(Kind { kind }) = probe.adapter {
+        return by_kind!(kind.as_str(), name, |variant| {
+            let partial: PartialConfig<_> = from_yaml(text, name)?;
+            Ok(AdapterSection { adapter: variant(partial.adapter), model: partial.model })
+        });
     }
+    let kind = probe.kind.ok_or_else(|| config_error(name, "key `kind` is missing"))?;
+    by_kind!(kind.as_str(), name, |variant| {
+        let Bare(adapter) = from_yaml(text, name)?;
+        Ok(AdapterSection { adapter: variant(adapter), model: None })
+    })
 }
 
 /// The adapter's kind and nothing else.
@@ -44,9 +68,40 @@ struct KindProbe {
     adapter: Kind,
 }
 
+/// The kind in a configuration or in an adapter section.
+#[derive(Deserialize)]
+struct SectionProbe {
+    adapter: Option<Kind>,
+    kind: Option<String>,
+}
+
 #[derive(Deserialize)]
 struct Kind {
     kind: String,
+}
+
+/// A configuration of which only the adapter must be there.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, bound = "A: DeserializeOwned")]
+struct PartialConfig<A> {
+    model: Option<PathBuf>,
+    #[serde(deserialize_with = "without_kind")]
+    adapter: A,
+    #[serde(rename = "data")]
+    _data: Option<IgnoredAny>,
+    #[serde(rename = "train")]
+    _train: Option<IgnoredAny>,
+    #[serde(rename = "output_dir")]
+    _output_dir: Option<IgnoredAny>,
+}
+
+/// An adapter section by itself.
+struct Bare<A>(A);
+
+impl<'de, A: Deserialize<'de>> Deserialize<'de> for Bare<A> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> std::result::Result<Self, D::Error> {
+        without_kind(deserializer).map(Self)
+    }
 }
 
 /// A configuration whose adapter section is known to be an `A`.
