@@ -97,9 +97,8 @@ impl Subject {
         let run = path.join("config.yaml");
         if path.is_dir() && (path.join("adapter_config.json").exists() || !run.exists()) {
             let settings = read_settings(path)?;
-            let file = path.join("adapter_config.json");
-            let model = named_base(&file, path);
-            let file = file.display().to_string();
+            let model = settings.find_base(path);
+            let file = path.join("adapter_config.json").display().to_string();
             let (config, widths) = (settings.config, settings.router_widths);
             return Ok(Self { config, router_widths: Some(widths), model, file });
         }
@@ -130,15 +129,6 @@ impl Subject {
         let all = Proj::ALL.map(|proj| Target { proj, blocks: blocks(proj) });
         Ok(all.into_iter().filter(|t| t.blocks > 0).collect())
     }
-}
-
-/// The base model that an adapter's settings name, if it is here: relative to the current
-/// directory or to the adapter's folder.
-fn named_base(file: &Path, folder: &Path) -> Option<PathBuf> {
-    let json: Value = serde_json::from_str(&std::fs::read_to_string(file).ok()?).ok()?;
-    let name = json["base_model_name_or_path"].as_str()?;
-    let candidates = [PathBuf::from(name), folder.join(name)];
-    candidates.into_iter().find(|c| c.join("config.json").is_file())
 }
 
 /// The base model.

@@ -5,6 +5,7 @@
 
 mod demo;
 mod generate;
+mod grow;
 mod inspect;
 mod progress;
 mod table;
@@ -30,6 +31,8 @@ enum Command {
     Train(train::Args),
     /// Continue a prompt with a model and, if given, an adapter
     Generate(generate::Args),
+    /// Make a deeper S'MoRE of an adapter that exists, with the same function
+    Grow(grow::Args),
     /// Show an adapter's structure, size, cost and flexibility, from its folder or a configuration
     Inspect(inspect::Args),
     /// Compute recorded cases of other implementations again and compare
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Grow(args) => grow::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Verify(args) => verify::run(&args),
     };

@@ -1,52 +1,10 @@
 //! The program as a user meets it: training and generation on the demo's base, and what it says to
 //! mistakes.
 
-use assert_cmd::Command;
-use std::path::{Path, PathBuf};
+mod workplace;
 
-fn base() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/demo-base")
-}
-
-fn smore(folder: &Path, args: &[&str]) -> Command {
-    let mut command = Command::cargo_bin("smore").unwrap();
-    command.current_dir(folder).args(args);
-    command
-}
-
-/// Writes a data file and a config that `change` may spoil.
-fn write_run(folder: &Path, name: &str, change: impl Fn(String) -> String) {
-    let line = |i: usize| {
-        format!("{{\"instruction\": \"Order {i} of the press\", \"output\": \"order {i}\"}}\n")
-    };
-    std::fs::write(folder.join("data.jsonl"), (0..40).map(line).collect::<String>()).unwrap();
-    let config = format!(
-        "model: {}
-adapter:
-  kind: smore
-  targets: [gate_proj, up_proj, down_proj]
-  layers:
-    - {{experts: 4, fanout: 2, rank: 2}}
-    - {{experts: 4, fanout: 2, rank: 2}}
-  gate: {{kind: switch, balance_weight: 0.01, router_width: 8, router_input_width: 8, activation: relu}}
-  activation: tanh
-  init: w_final_zero
-data:
-  train: [{{path: data.jsonl}}]
-  validation: {{fraction: 0.1}}
-  max_samples: null
-  cutoff_len: 64
-train: {{learning_rate: 1.0e-2, num_train_epochs: 1, max_steps: 6, per_device_train_batch_size: 2, gradient_accumulation_steps: 2, lr_scheduler_type: cosine, warmup_ratio: 0.1, max_grad_norm: 1.0, save_steps: 3, eval_steps: 3, seed: 42}}
-output_dir: {name}
-",
-        base().display()
-    );
-    std::fs::write(folder.join(format!("{name}.yaml")), change(config)).unwrap();
-}
-
-fn as_is(config: String) -> String {
-    config
-}
+use std::path::Path;
+use workplace::{adapter, as_is, base, smore, write_run};
 
 /// Losses in `metrics.jsonl`, without the times.
 fn losses(run: &Path) -> Vec<String> {
@@ -121,27 +79,33 @@ fn a_fresh_adapter_gives_the_bases_text_and_a_trained_one_another() {
 fn every_kind_of_adapter_trains_and_loads() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path();
-    let kind = |replacement: &'static str| {
-        move |config: String| {
-            let (head, rest) = config.split_once("adapter:").unwrap();
-            let (_, tail) = rest.split_once("data:").unwrap();
-            format!("{head}adapter: {replacement}\ndata:{tail}")
-        }
-    };
-    write_run(folder, "lora", kind("{kind: lora, rank: 4, targets: [q_proj, down_proj]}"));
-    write_run(folder, "full", kind("{kind: full}"));
-    write_run(folder, "scratch", kind("{kind: full, from_scratch: true}"));
+    write_run(folder, "lora", adapter("{kind: lora, rank: 4, targets: [q_proj, down_proj]}"));
+    write_run(folder, "hydra", adapter("{kind: hydra_lora, heads: 3, rank: 2}"));
+    write_run(
+        folder,
+        "mix",
+        adapter("{kind: mix_lora, experts: 4, fanout: 2, rank: 2, targets: [q_proj, up_proj]}"),
+    );
+    write_run(
+        folder,
+        "pattern",
+        adapter(
+            "{kind: lora, rank: 2, rslora: true, targets: '.*[01].mlp.*', rank_pattern: {up_proj: 4}}",
+        ),
+    );
+    write_run(folder, "full", adapter("{kind: full}"));
+    write_run(folder, "scratch", adapter("{kind: full, from_scratch: true}"));
     write_run(
         folder,
         "sharp",
-        kind(
+        adapter(
             "{kind: smore, shared_pool: true, activation: prelu|0.25, activation_position: child, \
              gate: {kind: noisy_topk}, init: eq_1_layer, layers: [{experts: 4, fanout: 2, rank: 2}, \
              {experts: 4, fanout: 1, rank: 2}]}",
         ),
     );
     let mut starts = Vec::new();
-    for name in ["lora", "full", "scratch", "sharp"] {
+    for name in ["lora", "full", "scratch", "sharp", "hydra", "mix", "pattern"] {
         let run = smore(folder, &["train", "--json", &format!("{name}.yaml")]).assert().success();
         let json: serde_json::Value = serde_json::from_slice(&run.get_output().stdout).unwrap();
         let (before, after) = (&json["eval_loss_before"], &json["eval_loss_after"]);
@@ -150,8 +114,9 @@ fn every_kind_of_adapter_trains_and_loads() {
     }
     assert_eq!(starts[0], starts[1], "an adapter starts where the base is");
     assert!(starts[2] > 5.0, "from scratch starts near ln 512");
-    generate(folder, &["--adapter", "lora/adapter"]);
-    generate(folder, &["--adapter", "sharp/adapter"]);
+    for name in ["lora", "sharp", "hydra", "mix", "pattern"] {
+        generate(folder, &["--adapter", &format!("{name}/adapter")]);
+    }
     smore(folder, &["generate", "--model", "full/model", "--prompt", "Order"]).assert().success();
 }
 

@@ -28,7 +28,7 @@ use crate::inject::{Adapters, Slot};
 use crate::model::spec::DecoderSpec;
 use manifest::Manifest;
 use smore::layout::Param;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use tensors::{Tensors, read_adapter, read_safetensors, write_tensors};
 
 /// Before every module path in an adapter file of PEFT.
@@ -134,6 +134,14 @@ impl Settings {
             _ => vec![],
         };
         Self { config, router_widths, base, mixture: None, activation: None }
+    }
+
+    /// The base model it names, if it is here: relative to the current directory or to the
+    /// adapter's `folder`.
+    pub fn find_base(&self, folder: &Path) -> Option<PathBuf> {
+        let name = self.base.as_deref()?;
+        let candidates = [PathBuf::from(name), folder.join(name)];
+        candidates.into_iter().find(|c| c.join("config.json").is_file())
     }
 
     fn check_activation(&self, spec: &DecoderSpec) -> std::result::Result<(), String> {

@@ -22,6 +22,8 @@ pub enum Purpose {
     GateNoise = 5,
     /// Sampling of generated tokens.
     Sampling = 6,
+    /// What growth of an adapter draws.
+    Growth = 7,
 }
 
 /// The generator for one purpose at one step in one block (or any other place numbered by the
