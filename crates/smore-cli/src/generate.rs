@@ -3,6 +3,7 @@
 use anyhow::Result;
 use smore_engine::Cpu;
 use smore_tune::checkpoint::load_adapter;
+use smore_tune::checkpoint::manifest::Manifest;
 use smore_tune::generate::{Sampling, generate};
 use smore_tune::inject::Adapters;
 use smore_tune::model::Model;
@@ -10,7 +11,7 @@ use smore_tune::model::folder::ModelFolder;
 use smore_tune::template::{Message, Template};
 use smore_tune::tokenizer::Tokenizer;
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -50,6 +51,20 @@ pub(crate) struct Args {
     json: bool,
 }
 
+/// Says so where an adapter was trained on another model than the one it meets.
+pub(crate) fn note_other_base(adapter: &Path, model: &Path) -> Result<()> {
+    if let Some(manifest) = Manifest::read(adapter)?
+        && let Some(file) = manifest.base.quick_difference(model)?
+    {
+        eprintln!(
+            "note: {} was trained on a model whose {file} is not that of {}",
+            adapter.display(),
+            model.display()
+        );
+    }
+    Ok(())
+}
+
 pub(crate) fn run(args: &Args) -> Result<()> {
     let tokenizer = Tokenizer::open(&args.model)?;
     let template = Template::open(&args.model, &tokenizer)?;
@@ -57,6 +72,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let (adapters, values) = match &args.adapter {
         Some(path) => {
             let loaded = load_adapter(path, &folder.spec)?;
+            note_other_base(path, &args.model)?;
             (loaded.adapters, loaded.values)
         }
         None => (Adapters::none(&folder.spec), Vec::new()),

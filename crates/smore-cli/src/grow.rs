@@ -1,5 +1,6 @@
 //! `smore grow --from ADAPTER --into CONFIG --out DIR`
 
+use crate::generate::note_other_base;
 use anyhow::Result;
 use serde_json::json;
 use smore_engine::Cpu;
@@ -90,6 +91,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let batch = sample_text::batch(&tokenizer, context, args.text.as_deref())?;
     let context = batch.ids.len();
     let from = load_adapter(&args.from, &folder.spec)?;
+    note_other_base(&args.from, &base)?;
     let (adapters, values) =
         grow(&from, &into, &folder.spec, args.seed, args.noise).map_err(wrong)?;
 

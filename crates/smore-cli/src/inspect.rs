@@ -5,6 +5,7 @@ mod others;
 mod tables;
 
 use self::others::{Lora, full, mixture};
+use crate::table::count;
 use anyhow::Result;
 use serde_json::{Value, json};
 use smore::config::{GateKind, LayerConfig, SmoreConfig};
@@ -12,6 +13,7 @@ use smore::counting::flexibility::Choice;
 use smore::counting::{AuthorStats, Parameters, lora_rank_for};
 use smore::spec::SmoreSpec;
 use smore::targets::Targets;
+use smore_tune::checkpoint::manifest::{self, BaseFiles, Manifest};
 use smore_tune::checkpoint::read_settings;
 use smore_tune::config::{AdapterConfig, AdapterSection};
 use smore_tune::error::Error;
@@ -65,20 +67,67 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         AdapterConfig::Saved(_) => unreachable!("is looked up when read"),
         AdapterConfig::Full(_) => ("full", full(base.as_ref(), args.json)),
     };
+    let origin = Origin::read(&subject, base.as_ref())?;
     if args.json {
+        facts.insert("manifest".into(), json!(origin.manifest));
+        facts.insert("other_base_file".into(), json!(origin.other_file));
         facts.insert("kind".into(), json!(kind));
         facts.insert("source".into(), json!(subject.file));
         facts.insert("adapter".into(), json!(subject.config));
         facts.insert("model".into(), base.as_ref().map_or(Value::Null, Base::facts));
         facts.insert("model_error".into(), json!(model_error));
         println!("{}", Value::Object(facts));
-    } else if base.is_none() {
+        return Ok(());
+    }
+    origin.print();
+    if base.is_none() {
         if let Some(error) = model_error {
             println!("\n{error}");
         }
         println!("\nGive --model DIR for parameters and cost: they depend on the model's widths.");
     }
     Ok(())
+}
+
+/// Where an adapter comes from, as its manifest says.
+struct Origin {
+    manifest: Option<Manifest>,
+    /// A file of the base that is not the one the adapter was trained with.
+    other_file: Option<String>,
+}
+
+impl Origin {
+    fn read(subject: &Subject, base: Option<&Base>) -> Result<Self, Error> {
+        let folder = subject.folder.as_deref();
+        let manifest = folder.map_or(Ok(None), Manifest::read)?;
+        let compare = |manifest: &Manifest, base: &Base| -> Result<Option<String>, Error> {
+            let found = BaseFiles::of(&base.folder)?;
+            Ok(manifest.base.difference(&found).map(String::from))
+        };
+        let other_file = match (&manifest, base) {
+            (Some(manifest), Some(base)) => compare(manifest, base)?,
+            _ => None,
+        };
+        Ok(Self { manifest, other_file })
+    }
+
+    fn print(&self) {
+        let Some(manifest) = &self.manifest else { return };
+        let mut said = vec![format!("made by smore {}", manifest.version)];
+        said.extend(manifest.seed.map(|seed| format!("seed {seed}")));
+        said.extend(manifest.steps.map(|steps| format!("{steps} steps")));
+        said.extend(manifest.data.as_ref().map(|data| {
+            let (samples, tokens) = (data.report.kept, data.report.trained_tokens);
+            format!("{} samples with {} trained tokens", count(samples), count(tokens))
+        }));
+        said.extend(manifest.from.as_ref().map(|from| format!("from {from}")));
+        println!("\n{}", said.join(", "));
+        if let Some(file) = &self.other_file {
+            println!("the base is another than the one it was made on: {file} differs");
+        } else {
+            println!("base files by SHA-256 in {}", manifest::NAME);
+        }
+    }
 }
 
 /// What is to be described.
@@ -90,6 +139,8 @@ struct Subject {
     model: Option<PathBuf>,
     /// Its file, for messages.
     file: String,
+    /// The adapter's folder, where it is one.
+    folder: Option<PathBuf>,
 }
 
 impl Subject {
@@ -100,7 +151,8 @@ impl Subject {
             let model = settings.find_base(path);
             let file = path.join("adapter_config.json").display().to_string();
             let (config, widths) = (settings.config, settings.router_widths);
-            return Ok(Self { config, router_widths: Some(widths), model, file });
+            let folder = Some(path.to_owned());
+            return Ok(Self { config, router_widths: Some(widths), model, file, folder });
         }
         let path = if path.is_dir() { run } else { path.to_owned() };
         let section = AdapterSection::load(&path)?;
@@ -110,7 +162,8 @@ impl Subject {
             return Ok(subject);
         }
         let file = path.display().to_string();
-        Ok(Self { config: section.adapter, router_widths: None, model: section.model, file })
+        let AdapterSection { adapter: config, model } = section;
+        Ok(Self { config, router_widths: None, model, file, folder: None })
     }
 
     fn error(&self, message: String) -> Error {

@@ -191,20 +191,17 @@ impl Prepared {
         let train = &config.train;
         let mut out = RunFolder::create(&config)?;
         let device = Cpu::new();
-        let mut model = match &config.adapter {
-            AdapterConfig::Full(_) => {
-                let values = match &folder {
-                    Some(folder) => read_all(folder),
-                    None => from_scratch(&spec, train.seed),
-                };
-                Model::full(device, spec, &values, cutoff_len)
-            }
-            _ => {
-                let Some(folder) = &folder else {
-                    return Err(Error::Run("an adapter needs a base with weights".into()));
-                };
-                Model::new(device, folder, adapters, &values, cutoff_len)
-            }
+        let mut model = if matches!(config.adapter, AdapterConfig::Full(_)) {
+            let values = match &folder {
+                Some(folder) => read_all(folder),
+                None => from_scratch(&spec, train.seed),
+            };
+            Model::full(device, spec, &values, cutoff_len)
+        } else {
+            let Some(folder) = &folder else {
+                return Err(Error::Run("an adapter needs a base with weights".into()));
+            };
+            Model::new(device, folder, adapters, &values, cutoff_len)
         };
         drop(folder);
 

@@ -121,6 +121,22 @@ impl BaseFiles {
         })
     }
 
+    /// The first file in which the model in `folder` differs from these; weights are left out,
+    /// which takes no time.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn quick_difference(&self, folder: &Path) -> Result<Option<&str>> {
+        let files = self.weights.iter().chain(&self.tokenizer).chain(&self.template);
+        for (name, hash) in files.filter(|(name, _)| !name.ends_with(".safetensors")) {
+            let file = folder.join(name);
+            if !file.is_file() || sha256(&file)? != *hash {
+                return Ok(Some(name));
+            }
+        }
+        Ok(None)
+    }
+
     /// The first file in which two models differ.
     pub fn difference<'a>(&'a self, other: &'a Self) -> Option<&'a str> {
         let pairs = [
@@ -163,7 +179,12 @@ pub fn sha256(path: &Path) -> Result<String> {
             n => hasher.update(&piece[..n]),
         }
     }
-    Ok(hasher.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    let mut hex = String::new();
+    for byte in hasher.finalize() {
+        hex.push(char::from_digit(u32::from(byte >> 4), 16).expect("four bits"));
+        hex.push(char::from_digit(u32::from(byte & 15), 16).expect("four bits"));
+    }
+    Ok(hex)
 }
 
 #[cfg(test)]
@@ -189,9 +210,11 @@ mod tests {
         }
         let before = BaseFiles::of(dir.path()).unwrap();
         assert_eq!(before.difference(&before), None);
+        assert_eq!(before.quick_difference(dir.path()).unwrap(), None);
         std::fs::write(dir.path().join("notes.txt"), "other").unwrap();
         assert_eq!(before.difference(&BaseFiles::of(dir.path()).unwrap()), None);
         std::fs::write(dir.path().join("tokenizer.json"), "other").unwrap();
+        assert_eq!(before.quick_difference(dir.path()).unwrap(), Some("tokenizer.json"));
         let after = BaseFiles::of(dir.path()).unwrap();
         assert_eq!(before.difference(&after), Some("tokenizer.json"));
         std::fs::write(dir.path().join("model.safetensors"), "new").unwrap();
