@@ -120,6 +120,30 @@ fn every_kind_of_adapter_trains_and_loads() {
     smore(folder, &["generate", "--model", "full/model", "--prompt", "Order"]).assert().success();
 }
 
+/// `gradient_checkpointing` takes memory away and leaves every bit.
+#[test]
+fn checkpointing_takes_less_memory_for_the_same_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path();
+    let mut peaks = Vec::new();
+    for (name, on) in [("kept", "false"), ("again", "true")] {
+        write_run(folder, name, |c| {
+            c.replace("cutoff_len: 64", "cutoff_len: 256")
+                .replace("max_steps: 6", &format!("max_steps: 2, gradient_checkpointing: {on}"))
+                .replace("train_batch_size: 2", "train_batch_size: 36")
+        });
+        let long = "the order of the press is late and the press is hot ".repeat(20);
+        let line = format!("{{\"instruction\": \"Report\", \"output\": \"{long}\"}}\n");
+        std::fs::write(folder.join("data.jsonl"), line.repeat(40)).unwrap();
+        let run = smore(folder, &["train", "--json", &format!("{name}.yaml")]).assert().success();
+        let json: serde_json::Value = serde_json::from_slice(&run.get_output().stdout).unwrap();
+        peaks.push(json["peak_memory_bytes"].as_f64().unwrap());
+    }
+    assert_eq!(losses(&folder.join("kept")), losses(&folder.join("again")));
+    assert!(adapter_bytes(&folder.join("kept")) == adapter_bytes(&folder.join("again")));
+    assert!(peaks[1] < 0.7 * peaks[0], "{peaks:?}");
+}
+
 #[test]
 fn an_earlier_run_is_moved_aside() {
     let dir = tempfile::tempdir().unwrap();

@@ -197,6 +197,9 @@ pub struct TrainConfig {
     pub adam_beta2: f64,
     /// Added to AdamW's denominator.
     pub adam_epsilon: f64,
+    /// Keep only each block's input and compute the block again in the backward sweep: less memory
+    /// for about a third more time. Results are the same to the bit.
+    pub gradient_checkpointing: bool,
 }
 
 impl Default for TrainConfig {
@@ -217,6 +220,7 @@ impl Default for TrainConfig {
             adam_beta1: 0.9,
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
+            gradient_checkpointing: false,
         }
     }
 }

@@ -204,6 +204,7 @@ impl Prepared {
             Model::new(device, folder, adapters, &values, cutoff_len)
         };
         drop(folder);
+        model.gradient_checkpointing = train.gradient_checkpointing;
 
         let schedule = Schedule::new(train, total_steps);
         let mut optimizer = Optimizer::new(&model);

@@ -150,6 +150,24 @@ fn lora_on_all_projections() {
     check(&mut model, None, 2);
 }
 
+/// Computing blocks again changes memory, not a bit, whatever the routers drew.
+#[test]
+fn checkpointing_gives_the_same_bits() {
+    for adapter in [
+        r#"{"kind": "lora", "rank": 2}"#,
+        r#"{"kind": "mix_lora", "experts": 3, "fanout": 2, "rank": 2}"#,
+        r#"{"kind": "smore", "targets": {"modules": "all-linear", "blocks": [1, 2]},
+            "layers": [{"experts": 3, "fanout": 2, "rank": 2}, {"experts": 3, "fanout": 1, "rank": 1}],
+            "gate": {"kind": "noisy_topk", "router_width": 3}, "init": "normal"}"#,
+    ] {
+        let noise = Some(NoiseKey { seed: 3, step: 1, place: 0 });
+        let mut model = adapted_family("gemma2", adapter);
+        let (loss, grads, trees) = total(&model, noise);
+        model.gradient_checkpointing = true;
+        assert!((loss, grads, trees) == total(&model, noise), "{adapter}");
+    }
+}
+
 #[test]
 fn hydra_lora_and_mix_lora() {
     for family in ["llama", "gemma2"] {

@@ -40,13 +40,18 @@ pub(super) fn add_row<T: Float>(row: &[T], y: &mut [T]) {
 }
 
 pub(super) fn sum_rows<T: Float>(y: &[T], sum: &mut [T]) {
+    // Tasks own columns, so that every sum has one order.
+    const COLUMNS: usize = 256;
     let d = sum.len();
-    simd(|| {
-        for row in y.chunks_exact(d) {
-            for (s, &x) in sum.iter_mut().zip(row) {
-                *s += x;
+    sum.par_chunks_mut(COLUMNS).enumerate().for_each(|(task, sum)| {
+        let first = task * COLUMNS;
+        simd(|| {
+            for row in y.chunks_exact(d) {
+                for (s, &x) in sum.iter_mut().zip(&row[first..]) {
+                    *s += x;
+                }
             }
-        }
+        });
     });
 }
 

@@ -6,8 +6,9 @@ use super::simd::{dot, simd};
 use crate::{Dtype, Float, HostMatrix, MatrixRef};
 use rayon::prelude::*;
 
-/// Rows of W that are widened at a time: small enough to stay in cache until used.
-const PANEL_ROWS: usize = 256;
+/// Rows of W that are widened at a time. Every product packs x anew, so that few rows cost more
+/// than the memory for many (docs/performance.md).
+const PANEL_ROWS: usize = 1024;
 /// Up to this many tokens, reading W once by dot products beats a packed product.
 const FEW_TOKENS: usize = 4;
 

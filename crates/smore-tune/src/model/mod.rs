@@ -38,6 +38,16 @@ pub struct Model<D: AdapterKernels> {
     rope: D::Buf,
     /// Longest sequence this model can be given.
     pub context: usize,
+    /// A step keeps only each block's input and computes the block again in the backward sweep:
+    /// less memory for a third more time, and the same bits.
+    pub gradient_checkpointing: bool,
+}
+
+/// What a step keeps of a block until its backward pass.
+enum Kept<D: AdapterKernels> {
+    All(BlockSaved<D>),
+    /// `[n, hidden]`
+    Input(D::Buf),
 }
 
 /// Sequences laid one after the other, without padding.
@@ -121,7 +131,8 @@ impl<D: AdapterKernels> Model<D> {
         let table = spec.rope.table(context, spec.head_dim);
         let table: Vec<D::Elem> = table.iter().map(|&x| D::Elem::from_f64(x)).collect();
         let (params, rope) = (device.upload(&values), device.upload(&table));
-        Self { device, spec, weights, adapters, params, rope, context }
+        let gradient_checkpointing = false;
+        Self { device, spec, weights, adapters, params, rope, context, gradient_checkpointing }
     }
 
     /// Number of trained parameters.
@@ -235,10 +246,16 @@ impl<D: AdapterKernels> Model<D> {
         let mode = Mode { valid: None, noise };
         let lowest = self.lowest_trained();
         let mut x = self.embed(&batch.ids);
-        let mut saved: Vec<BlockSaved<D>> = Vec::new();
+        let mut kept: Vec<Kept<D>> = Vec::new();
         for b in 0..self.spec.blocks {
-            let (keep, shape) = (b >= lowest, self.attention_shape(batch, b));
-            saved.extend(self.block_forward(b, &mut x, &shape, &batch.positions, mode, keep));
+            let shape = self.attention_shape(batch, b);
+            let recompute = self.gradient_checkpointing && b >= lowest;
+            if recompute {
+                kept.push(Kept::Input(self.copy(&x)));
+            }
+            let keep = b >= lowest && !recompute;
+            let saved = self.block_forward(b, &mut x, &shape, &batch.positions, mode, keep);
+            kept.extend(saved.map(Kept::All));
         }
         let (h, inv) = self.final_norm(&x, n);
         let mut dh = self.device.zeros(n * hidden);
@@ -265,8 +282,15 @@ impl<D: AdapterKernels> Model<D> {
         drop((h, x, dh));
         let mut routing = Vec::new();
         for b in (lowest..self.spec.blocks).rev() {
-            if let Some(saved) = saved.pop() {
-                let shape = self.attention_shape(batch, b);
+            let shape = self.attention_shape(batch, b);
+            let saved = match kept.pop() {
+                Some(Kept::All(saved)) => Some(saved),
+                Some(Kept::Input(mut x)) => {
+                    self.block_forward(b, &mut x, &shape, &batch.positions, mode, true)
+                }
+                None => None,
+            };
+            if let Some(saved) = saved {
                 self.block_backward(
                     b,
                     &saved,
