@@ -71,6 +71,11 @@ impl<'a, D: Device> ViewMut<'a, D> {
         ViewMut { buf: self.buf, start: self.start, len: self.len }
     }
 
+    /// The same range, to be read.
+    pub fn view(&self) -> View<'_, D> {
+        View { buf: self.buf, start: self.start, len: self.len }
+    }
+
     /// Elements `range` of this view.
     ///
     /// # Panics

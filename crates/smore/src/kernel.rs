@@ -18,8 +18,8 @@ use smore_engine::{Cpu, Device, Float, View, ViewMut};
 
 /// Tokens whose intermediate values are alive at once, per thread.
 const BLOCK: usize = 32;
-/// Spans of tokens with parameter gradients of their own.
-const SPANS: usize = 8;
+/// Tokens whose parameter gradients are summed on their own before they join the others.
+const SPAN: usize = 64;
 
 /// The parameters that the pass reads.
 pub(crate) struct Core<'a, T> {
@@ -141,17 +141,18 @@ pub trait AdapterKernels: Device {
         hidden: ViewMut<Self>,
     ) -> Routing<Self::Elem>;
 
-    /// Backward of [`AdapterKernels::tree_forward`] on the same tree. Adds parameter gradients to
-    /// `grads` (the adapter's run), overwrites `dz`, and writes `hidden` again. Slopes of the
-    /// balance loss enter times `balance_scale`.
+    /// Backward of [`AdapterKernels::tree_forward`] on the same trees, for the tokens from `first`
+    /// on that `z`, `dz` and `hidden` hold. Adds parameter gradients to `grads` (the adapter's
+    /// run), overwrites `dz`, and turns the slopes in `hidden` into the embedding itself. Slopes
+    /// of the balance loss enter times `balance_scale`.
     fn tree_backward(
         &self,
         pass: &Pass<Self::Elem>,
         routing: &Routing<Self::Elem>,
         balance_scale: f64,
         params: View<Self>,
+        first: usize,
         z: View<Self>,
-        dhidden: View<Self>,
         grads: ViewMut<Self>,
         dz: ViewMut<Self>,
         hidden: ViewMut<Self>,
@@ -269,8 +270,8 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         routing: &Routing<T>,
         balance_scale: f64,
         params: View<Self>,
+        first: usize,
         z: View<Self>,
-        dhidden: View<Self>,
         grads: ViewMut<Self>,
         dz: ViewMut<Self>,
         hidden: ViewMut<Self>,
@@ -278,37 +279,39 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         let spec = pass.spec;
         let core = Core::new(spec, pass.layout, Self::slice(params));
         let (width, root) = (spec.stack_width(), spec.root_width());
-        let (z, dhidden) = (Self::slice(z), Self::slice(dhidden));
-        let (dz, hidden) = (Self::slice_mut(dz), Self::slice_mut(hidden));
+        let (z, dz, hidden) = (Self::slice(z), Self::slice_mut(dz), Self::slice_mut(hidden));
         dz.fill(T::ZERO);
-        let n = hidden.len() / root;
         let slopes = scaled(&routing.slopes, balance_scale);
-        let span = n.div_ceil(SPANS).next_multiple_of(BLOCK);
-        let parts: Vec<Vec<T>> = dz
-            .par_chunks_mut(span * width)
-            .zip(hidden.par_chunks_mut(span * root))
-            .enumerate()
-            .map(|(i, (dz, hidden))| {
-                let mut grads = vec![T::ZERO; core.layout.core_len()];
-                let start = i * span;
-                for (first, count) in pieces(start, hidden.len() / root, BLOCK) {
-                    let at = first - start;
-                    let tree = routing.tree.tokens(spec, first, count);
-                    let z = &z[first * width..(first + count) * width];
-                    let block = forward_block(&core, pass, first, count, z, Some(tree));
-                    hidden[at * root..(at + count) * root]
-                        .copy_from_slice(&block.layers[spec.depth() - 1].hidden);
-                    let droot = &dhidden[first * root..(first + count) * root];
-                    let dz = &mut dz[at * width..(at + count) * width];
-                    let valid = pass.valid.map(|v| &v[first..first + count]);
-                    backward_block(&core, &block, count, z, droot, &slopes, valid, &mut grads, dz);
-                }
-                grads
-            })
-            .collect();
+        let span_of = |start: usize, dz: &mut [T], hidden: &mut [T]| {
+            let mut grads = vec![T::ZERO; core.layout.core_len()];
+            for (at, count) in pieces(0, hidden.len() / root, BLOCK) {
+                let token = first + start + at;
+                let tree = routing.tree.tokens(spec, token, count);
+                let z = &z[(start + at) * width..(start + at + count) * width];
+                let block = forward_block(&core, pass, token, count, z, Some(tree));
+                let hidden = &mut hidden[at * root..(at + count) * root];
+                let dz = &mut dz[at * width..(at + count) * width];
+                let valid = pass.valid.map(|v| &v[token..token + count]);
+                backward_block(&core, &block, count, z, hidden, &slopes, valid, &mut grads, dz);
+                hidden.copy_from_slice(&block.layers[spec.depth() - 1].hidden);
+            }
+            grads
+        };
+        // As many spans at a time as there are threads: their sums are all that is held, and they
+        // are added in the order of the spans, however many that are.
+        let wave = SPAN * rayon::current_num_threads();
         let mut sum = vec![T::ZERO; core.layout.core_len()];
-        for part in &parts {
-            router::add_to(&mut sum, part);
+        let waves = dz.chunks_mut(wave * width).zip(hidden.chunks_mut(wave * root));
+        for (w, (dz, hidden)) in waves.enumerate() {
+            let parts: Vec<Vec<T>> = dz
+                .par_chunks_mut(SPAN * width)
+                .zip(hidden.par_chunks_mut(SPAN * root))
+                .enumerate()
+                .map(|(i, (dz, hidden))| span_of(w * wave + i * SPAN, dz, hidden))
+                .collect();
+            for part in &parts {
+                router::add_to(&mut sum, part);
+            }
         }
         core.finish_key_grads(&mut sum);
         router::add_to(&mut Self::slice_mut(grads)[core.layout.core..], &sum);

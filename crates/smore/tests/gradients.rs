@@ -7,11 +7,12 @@
 mod common;
 
 use common::case::{Case, D_IN, D_OUT};
-use common::numbers;
 use common::slopes::check;
 use common::table::{bottom_up_cases, cases};
+use common::{close, numbers};
 use smore::adapter::{Lora, MapAdapter, Mode, SmoreSaved};
 use smore::config::LoraConfig;
+use smore::kernel::GateNoise;
 use smore::spec::LoraSpec;
 use smore_engine::{Cpu, View, ViewMut};
 
@@ -41,6 +42,50 @@ fn loss(case: &Case, saved: &SmoreSaved<Cpu<f64>>, params: &[f64], x: &[f64]) ->
     assert!(same_choice(saved, &moved), "another choice: {}", case.name);
     let task: f64 = y.iter().zip(&case.g).map(|(y, g)| y * g).sum();
     task + BALANCE * moved.routing.balance_losses.iter().sum::<f64>()
+}
+
+/// The backward pass works on some tokens at a time. A text of repeated tokens has the gradients of
+/// one, as often as it is repeated; the balance losses are means and do not change.
+#[test]
+fn repeated_tokens_repeat_their_gradients() {
+    const TIMES: usize = 31;
+    let repeat = |v: &[f64]| v.repeat(TIMES);
+    for case in cases().into_iter().chain(bottom_up_cases()) {
+        let name = case.name.clone();
+        let (one, dx) = case.gradients(0.0);
+        let silent = |case: Case| Case { g: vec![0.0; case.g.len()], ..case };
+        let many = Case {
+            x: repeat(&case.x),
+            g: repeat(&case.g),
+            valid: case.valid.as_ref().map(|v| v.repeat(TIMES)),
+            noise: case
+                .noise
+                .as_ref()
+                .map(|n| GateNoise { layers: n.layers.iter().map(|l| repeat(l)).collect() }),
+            ..case
+        };
+        let (sum, dx_many) = many.gradients(0.0);
+        let times: Vec<f64> = one.iter().map(|g| TIMES as f64 * g).collect();
+        close(&format!("gradients of {name}"), &times, &sum, 1e-11);
+        close(&format!("x of {name}"), &repeat(&dx), &dx_many, 1e-11);
+        let few = Case::of(many.smore.spec.clone(), name.clone(), 0, false, 1);
+        let few = Case {
+            params: many.params.clone(),
+            x: many.x[..many.x.len() / TIMES].to_vec(),
+            g: vec![0.0; many.g.len() / TIMES],
+            valid: many.valid.as_ref().map(|v| v[..v.len() / TIMES].to_vec()),
+            noise: many.noise.as_ref().map(|n| GateNoise {
+                layers: n.layers.iter().map(|l| l[..l.len() / TIMES].to_vec()).collect(),
+            }),
+            ..few
+        };
+        let (balance, _) = few.gradients(BALANCE);
+        let (balance_many, _) = silent(many).gradients(BALANCE);
+        // Where all experts are chosen the slopes cancel to nothing but rounding.
+        if balance.iter().any(|g| g.abs() > 1e-12) {
+            close(&format!("balance of {name}"), &balance, &balance_many, 1e-9);
+        }
+    }
 }
 
 #[test]

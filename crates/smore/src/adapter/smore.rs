@@ -15,6 +15,10 @@ use crate::spec::SmoreSpec;
 use rand::Rng;
 use smore_engine::{View, ViewMut};
 
+/// Tokens of a backward pass whose slopes are alive at once: they are short-lived, and there are
+/// long sequences.
+const BACKWARD_TOKENS: usize = 512;
+
 /// S'MoRE on one linear map.
 pub struct Smore {
     /// Its validated description.
@@ -96,34 +100,45 @@ impl Smore {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
         let (proj, bias, stack_end) = (layout.output_proj, layout.output_bias, layout.stack_bias);
-        let dy_mat = dy.mat(n, spec.d_out);
-        let mut dhidden = device.zeros(n * root);
-        let out = params.at(proj..bias).mat(spec.d_out, root);
-        device.gemm(1.0, dy_mat, out, 0.0, ViewMut::new(&mut dhidden, n * root).mat(n, root));
-        let (mut dz, mut hidden) = (device.zeros(n * width), device.zeros(n * root));
         let pass = Pass { spec, layout, valid, noise };
-        device.tree_backward(
-            &pass,
-            &saved.routing,
-            balance_scale,
-            params,
-            View::new(&saved.z, n * width),
-            View::new(&dhidden, n * root),
-            grads.rb(),
-            ViewMut::new(&mut dz, n * width),
-            ViewMut::new(&mut hidden, n * root),
-        );
-        let hidden = View::new(&hidden, n * root).mat(n, root);
-        device.gemm(1.0, dy_mat.t(), hidden, 1.0, grads.rb().at(proj..bias).mat(spec.d_out, root));
-        device.sum_rows(dy, grads.rb().at(bias..layout.core));
-        let dz_view = View::new(&dz, n * width);
-        device.sum_rows(dz_view, grads.rb().at(stack_end..stack_end + width));
-        let dz = dz_view.mat(n, width);
-        let dstack = grads.at(0..stack_end).mat(width, spec.d_in);
-        device.gemm(1.0, dz.t(), x.mat(n, spec.d_in), 1.0, dstack);
-        if let Some(dx) = dx {
-            let stack = params.at(0..stack_end).mat(width, spec.d_in);
-            device.gemm(1.0, dz, stack, 1.0, dx.mat(n, spec.d_in));
+        let z = View::new(&saved.z, n * width);
+        let room = n.min(BACKWARD_TOKENS);
+        let (mut dz, mut hidden) = (device.zeros(room * width), device.zeros(room * root));
+        let out = params.at(proj..bias).mat(spec.d_out, root);
+        let stack = params.at(0..stack_end).mat(width, spec.d_in);
+        let mut dx = dx;
+        for first in (0..n).step_by(BACKWARD_TOKENS) {
+            let m = BACKWARD_TOKENS.min(n - first);
+            let rows = |width: usize| first * width..(first + m) * width;
+            let (x, dy) = (x.at(rows(spec.d_in)), dy.at(rows(spec.d_out)));
+            let dy_mat = dy.mat(m, spec.d_out);
+            // Slopes by the root's embedding, in the place of which the pass leaves the embedding.
+            let mut hidden = ViewMut::new(&mut hidden, room * root).at(0..m * root);
+            device.gemm(1.0, dy_mat, out, 0.0, hidden.rb().mat(m, root));
+            let mut dz = ViewMut::new(&mut dz, room * width).at(0..m * width);
+            device.tree_backward(
+                &pass,
+                &saved.routing,
+                balance_scale,
+                params,
+                first,
+                z.at(rows(width)),
+                grads.rb(),
+                dz.rb(),
+                hidden.rb(),
+            );
+            let dproj = grads.rb().at(proj..bias).mat(spec.d_out, root);
+            device.gemm(1.0, dy_mat.t(), hidden.view().mat(m, root), 1.0, dproj);
+            device.sum_rows(dy, grads.rb().at(bias..layout.core));
+            let dz = dz.view();
+            device.sum_rows(dz, grads.rb().at(stack_end..stack_end + width));
+            let dz = dz.mat(m, width);
+            let dstack = grads.rb().at(0..stack_end).mat(width, spec.d_in);
+            device.gemm(1.0, dz.t(), x.mat(m, spec.d_in), 1.0, dstack);
+            if let Some(dx) = &mut dx {
+                let dx = dx.rb().at(rows(spec.d_in)).mat(m, spec.d_in);
+                device.gemm(1.0, dz, stack, 1.0, dx);
+            }
         }
     }
 
