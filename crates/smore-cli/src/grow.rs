@@ -126,12 +126,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
 }
 
 fn print(args: &Args, difference: &Difference, (before, after): (usize, usize)) {
-    let Difference { largest, largest_logit, loss_before, loss_after, tokens } = *difference;
-    println!(
-        "largest logit difference {largest:.1e} (logits up to {largest_logit:.1}) over {tokens} \
-         tokens"
-    );
-    println!("loss {loss_before:.6} before, {loss_after:.6} after, in nats per token");
+    println!("{difference}");
     println!("{before} parameters became {after}");
     println!(
         "written to {0}; train it on with\n  adapter: {{kind: saved, path: {0}}}",

@@ -7,6 +7,7 @@ mod demo;
 mod generate;
 mod grow;
 mod inspect;
+mod merge;
 mod progress;
 mod table;
 mod train;
@@ -35,6 +36,8 @@ enum Command {
     Grow(grow::Args),
     /// Show an adapter's structure, size, cost and flexibility, from its folder or a configuration
     Inspect(inspect::Args),
+    /// Merge a LoRA into its base model
+    Merge(merge::Args),
     /// Compute recorded cases of other implementations again and compare
     Verify(verify::Args),
 }
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Grow(args) => grow::run(&args),
         Command::Inspect(args) => inspect::run(&args),
+        Command::Merge(args) => merge::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     match result {

@@ -19,7 +19,7 @@ pub mod pickle;
 mod tensors;
 
 pub use folder::{write, write_folder};
-pub use model::save_model;
+pub use model::{copy_model_files, save_model};
 pub use moe_peft::FlatMixture;
 
 use crate::config::AdapterConfig;

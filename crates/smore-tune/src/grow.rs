@@ -136,6 +136,18 @@ pub struct Difference {
     pub tokens: usize,
 }
 
+impl std::fmt::Display for Difference {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { largest, largest_logit, loss_before, loss_after, tokens } = self;
+        writeln!(
+            f,
+            "largest logit difference {largest:.1e} (logits up to {largest_logit:.1}) over {tokens} \
+             tokens"
+        )?;
+        write!(f, "loss {loss_before:.6} before, {loss_after:.6} after, in nats per token")
+    }
+}
+
 impl Difference {
     /// Compares two models on every token of a batch.
     pub fn of(before: &Model<Cpu<f32>>, after: &Model<Cpu<f32>>, batch: &Batch) -> Self {

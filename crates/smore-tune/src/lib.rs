@@ -9,6 +9,7 @@ pub mod generate;
 pub mod grow;
 pub mod inject;
 pub mod memory;
+pub mod merge;
 pub mod model;
 mod optimizer;
 pub mod report;

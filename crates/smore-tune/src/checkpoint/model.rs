@@ -13,13 +13,7 @@ use std::path::Path;
 /// If reading the source or writing fails.
 pub fn save_model(path: &Path, spec: &DecoderSpec, source: &Path, values: &[f32]) -> Result<()> {
     write_folder(path, |dir| {
-        for name in MODEL_FILES {
-            let from = source.join(name);
-            if from.is_file() {
-                std::fs::copy(&from, dir.join(name))
-                    .map_err(|source| Error::Io { path: from, source })?;
-            }
-        }
+        copy_model_files(source, dir)?;
         let mut start = 0;
         let mut tensors = Vec::new();
         for (name, shape) in spec.tensors() {
@@ -30,6 +24,21 @@ pub fn save_model(path: &Path, spec: &DecoderSpec, source: &Path, values: &[f32]
         let file = dir.join("model.safetensors");
         if spec.bf16 { write_tensors_bf16(&file, &tensors) } else { write_tensors(&file, &tensors) }
     })
+}
+
+/// Copies what a model folder holds besides weights.
+///
+/// # Errors
+/// If reading or writing fails.
+pub fn copy_model_files(from: &Path, to: &Path) -> Result<()> {
+    for name in MODEL_FILES {
+        let file = from.join(name);
+        if file.is_file() {
+            std::fs::copy(&file, to.join(name))
+                .map_err(|source| Error::Io { path: file, source })?;
+        }
+    }
+    Ok(())
 }
 
 /// What a model folder holds besides weights.

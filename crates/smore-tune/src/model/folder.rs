@@ -70,6 +70,11 @@ impl ModelFolder {
         &self.tensors[name]
     }
 
+    /// All matrices; vectors have one row.
+    pub fn tensors(&self) -> impl Iterator<Item = &HostMatrix> {
+        self.tensors.values()
+    }
+
     /// Bytes of all weights.
     pub fn bytes(&self) -> usize {
         self.tensors.values().map(|t| t.rows * t.cols * t.dtype.bytes()).sum()
@@ -77,7 +82,7 @@ impl ModelFolder {
 }
 
 /// `model.safetensors`, or the shards that the index names.
-fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let (single, index) =
         (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
     if single.is_file() {
