@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod demo;
+mod distill;
 mod generate;
 mod grow;
 mod inspect;
@@ -32,6 +33,8 @@ enum Command {
     Train(train::Args),
     /// Continue a prompt with a model and, if given, an adapter
     Generate(generate::Args),
+    /// Fit the best LoRA of a given rank to an adapter, for servers that know only LoRA
+    DistillLora(distill::Args),
     /// Make a deeper S'MoRE of an adapter that exists, with the same function
     Grow(grow::Args),
     /// Show an adapter's structure, size, cost and flexibility, from its folder or a configuration
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::DistillLora(args) => distill::run(&args),
         Command::Grow(args) => grow::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Merge(args) => merge::run(&args),

@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod data;
 pub mod demo;
+pub mod distill;
 pub mod error;
 pub mod generate;
 pub mod grow;

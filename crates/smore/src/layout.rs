@@ -249,7 +249,7 @@ impl HydraLoraLayout {
     }
 
     /// Elements of B_i.
-    pub(crate) fn head(&self, spec: &HydraLoraSpec, i: usize) -> Range<usize> {
+    pub fn head(&self, spec: &HydraLoraSpec, i: usize) -> Range<usize> {
         let len = spec.d_out * spec.rank;
         self.up + i * len..self.up + (i + 1) * len
     }

@@ -100,6 +100,13 @@ impl<D: AdapterKernels> Model<D> {
         let (slot, adapter) = self.adapters.at(block, proj)?;
         let params = self.params_view().at(slot.range.clone());
         let mode = Mode { noise: mode.noise.map(|key| slot.noise(key)), ..mode };
+        if let Some(tap) = &self.tap {
+            let mut own = self.device.zeros(y.len);
+            let saved = adapter.forward(&self.device, mode, params, x, self.view_mut(&mut own));
+            self.device.add(self.view(&own), y);
+            tap(block, proj, x, self.view(&own));
+            return Some(saved);
+        }
         Some(adapter.forward(&self.device, mode, params, x, y))
     }
 

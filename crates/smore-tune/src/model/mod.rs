@@ -41,7 +41,12 @@ pub struct Model<D: AdapterKernels> {
     /// A step keeps only each block's input and computes the block again in the backward sweep:
     /// less memory for a third more time, and the same bits.
     pub gradient_checkpointing: bool,
+    /// Sees what every adapted map is given and what its adapter adds.
+    pub(crate) tap: Option<Tap<D>>,
 }
+
+/// A function of block, map, the map's input `[n, d_in]` and the adapter's output `[n, d_out]`.
+pub(crate) type Tap<D> = Box<dyn Fn(usize, Proj, View<D>, View<D>) + Send + Sync>;
 
 /// What a step keeps of a block until its backward pass.
 enum Kept<D: AdapterKernels> {
@@ -132,7 +137,8 @@ impl<D: AdapterKernels> Model<D> {
         let table: Vec<D::Elem> = table.iter().map(|&x| D::Elem::from_f64(x)).collect();
         let (params, rope) = (device.upload(&values), device.upload(&table));
         let gradient_checkpointing = false;
-        Self { device, spec, weights, adapters, params, rope, context, gradient_checkpointing }
+        let tap = None;
+        Self { device, spec, weights, adapters, params, rope, context, gradient_checkpointing, tap }
     }
 
     /// Number of trained parameters.
@@ -311,6 +317,17 @@ impl<D: AdapterKernels> Model<D> {
         }
         let balances = routing.iter().flatten().flat_map(|r: &Routing<_>| &r.balance_losses);
         StepOutput { losses, balance_loss: balances.sum(), routing }
+    }
+
+    /// The token embeddings of a batch, `[n, hidden]`.
+    pub(crate) fn embedded(&self, batch: &Batch) -> D::Buf {
+        self.embed(&batch.ids)
+    }
+
+    /// Runs block `b` over a batch, in place.
+    pub(crate) fn run_block(&self, b: usize, x: &mut D::Buf, batch: &Batch) {
+        let (shape, mode) = (self.attention_shape(batch, b), Mode { valid: None, noise: None });
+        self.block_forward(b, x, &shape, &batch.positions, mode, false);
     }
 
     /// Hidden states as transformers lists them: after the embedding, after every block but the
