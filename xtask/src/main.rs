@@ -3,6 +3,8 @@
 // Its output is its purpose.
 #![allow(clippy::print_stdout)]
 
+mod ecosystem;
+
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use std::path::{Path, PathBuf};
@@ -31,6 +33,9 @@ enum Task {
     Demo,
     /// Pre-train the demo's base model anew and put it in its place
     DemoBase,
+    /// Adapters to and from PEFT and other Python packages; not in `ci`, since it installs
+    /// gigabytes of torch (or takes the Python that SMORE_PYTHON names)
+    Ecosystem,
 }
 
 const CI: [Task; 7] =
@@ -75,6 +80,7 @@ fn run(task: Task) -> Result<()> {
         Task::Parity => parity(),
         Task::Demo => demo(),
         Task::DemoBase => demo_base(),
+        Task::Ecosystem => ecosystem::ecosystem(),
     }
 }
 
