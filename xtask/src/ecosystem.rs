@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const OUT: &str = "target/ecosystem";
+const CASES: &str = "target/ecosystem/cases/";
 const SCRIPTS: &str = "xtask/python/ecosystem";
 const REQUIREMENTS: &str = "xtask/python/requirements.txt";
 const RECORDED: &str = "crates/smore-tune/tests/recorded";
@@ -122,7 +123,8 @@ impl Tools {
     /// Trains an adapter on the demo's base, which is stored in bf16, for a few steps.
     fn train(&self, name: &str, adapter: &str, into: &str) -> Result<()> {
         let runs = Path::new(OUT).join("runs");
-        let line = |i: usize| format!("{{\"prompt\": \"Order {i}\", \"completion\": \"{i} {i}\"}}\n");
+        let line =
+            |i: usize| format!("{{\"prompt\": \"Order {i}\", \"completion\": \"{i} {i}\"}}\n");
         fs::write(runs.join("data.jsonl"), (0..24).map(line).collect::<String>())?;
         let file = runs.join(format!("{name}.yaml"));
         let config = format!(
@@ -149,19 +151,18 @@ impl Tools {
 
     /// `smore verify` on all cases, with the largest difference of logits of each.
     fn verify(&self) -> Result<()> {
-        let cases = Path::new(OUT).join("cases");
-        let output = Command::new(&self.smore).arg("verify").arg(cases).arg("--json").output()?;
+        let output = Command::new(&self.smore).args(["verify", CASES, "--json"]).output()?;
         let report: Value = serde_json::from_slice(&output.stdout)
             .with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())?;
         println!("\n--- what smore computes of all of them: largest differences");
-        println!("{:26} {:>8} {:>10}", "case", "logits", "gradients");
+        println!("{:42} {:>8} {:>10}", "case", "logits", "gradients");
         for case in report["cases"].as_array().context("no list of cases")? {
             let checks = case["checks"].as_array().map_or(&[][..], Vec::as_slice);
             let logits = checks.iter().find(|c| c["tensor"] == "logits").map(|c| &c["error"]);
-            let name = case["name"].as_str().unwrap_or("?");
+            let name = case["case"].as_str().unwrap_or("?").trim_start_matches(CASES);
             let (logits, gradients) = (figure(logits), figure(case.get("gradients")));
             let miss = if case["passed"] == true { "" } else { "  MISS" };
-            println!("{name:26} {logits:>8} {gradients:>10}{miss}");
+            println!("{name:42} {logits:>8} {gradients:>10}{miss}");
             if let Some(error) = case["error"].as_str() {
                 println!("      {error}");
             }
@@ -181,7 +182,8 @@ impl Tools {
             let said = String::from_utf8_lossy(&output.stderr);
             let refused = output.status.code() == Some(2) && said.contains(key);
             ensure!(refused, "{name} was not refused for its key: {} {said}", output.status);
-            println!("{name:34} {}", said.trim().rsplit(": ").next().unwrap_or_default());
+            let (_, reason) = said.trim().split_once(".json: ").unwrap_or_default();
+            println!("{name:34} {reason}");
         }
         Ok(())
     }
@@ -216,7 +218,9 @@ impl Tools {
             let base = adapter.join(base);
             let again = Path::new(OUT).join("again").join(name_of(&adapter));
             succeed(Command::new(&self.adapters).arg("resave").args([&adapter, &base, &again]))?;
-            succeed(Command::new(&self.python).arg(&script).arg("--same").args([&adapter, &again]))?;
+            succeed(
+                Command::new(&self.python).arg(&script).arg("--same").args([&adapter, &again]),
+            )?;
         }
         Ok(())
     }

@@ -96,11 +96,12 @@ fn deny() -> Result<()> {
 }
 
 /// Test targets that look for SMORE_SHARED; without it they check nothing.
-const SHARED_TESTS: [&str; 8] = [
+const SHARED_TESTS: [&str; 9] = [
     "init",
     "parity_layer",
     "parity_base",
     "parity_end_to_end",
+    "shared_adapter_files",
     "shared_params",
     "shared_templates",
     "shared_tokenizer",

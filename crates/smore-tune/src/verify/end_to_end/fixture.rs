@@ -82,12 +82,7 @@ impl Fixture {
     }
 
     /// Sorts out what was recorded.
-    fn expect(
-        &self,
-        source: &Source,
-        spec: &DecoderSpec,
-        recording: &mut Recording,
-    ) -> Result<()> {
+    fn expect(&self, source: &Source, spec: &DecoderSpec, recording: &mut Recording) -> Result<()> {
         let gradients = source.tensors.iter().filter(|(name, _)| name.starts_with("grad."));
         let largest = gradients.flat_map(|(_, t)| &t.values).fold(0.0f64, |a, x| a.max(x.abs()));
         for (name, tensor) in &source.tensors {
