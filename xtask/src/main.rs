@@ -3,6 +3,8 @@
 // Its output is its purpose.
 #![allow(clippy::print_stdout)]
 
+mod ecosystem;
+
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
 use std::path::{Path, PathBuf};
@@ -31,6 +33,9 @@ enum Task {
     Demo,
     /// Pre-train the demo's base model anew and put it in its place
     DemoBase,
+    /// Adapters to and from PEFT and other Python packages; not in `ci`, since it installs
+    /// gigabytes of torch (or takes the Python that SMORE_PYTHON names)
+    Ecosystem,
 }
 
 const CI: [Task; 7] =
@@ -75,6 +80,7 @@ fn run(task: Task) -> Result<()> {
         Task::Parity => parity(),
         Task::Demo => demo(),
         Task::DemoBase => demo_base(),
+        Task::Ecosystem => ecosystem::ecosystem(),
     }
 }
 
@@ -90,11 +96,12 @@ fn deny() -> Result<()> {
 }
 
 /// Test targets that look for SMORE_SHARED; without it they check nothing.
-const SHARED_TESTS: [&str; 8] = [
+const SHARED_TESTS: [&str; 9] = [
     "init",
     "parity_layer",
     "parity_base",
     "parity_end_to_end",
+    "shared_adapter_files",
     "shared_params",
     "shared_templates",
     "shared_tokenizer",

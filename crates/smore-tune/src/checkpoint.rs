@@ -144,6 +144,11 @@ impl Settings {
         candidates.into_iter().find(|c| c.join("config.json").is_file())
     }
 
+    /// The name of a parameter in this adapter's file; of a shared pool's, that of its first copy.
+    pub(crate) fn stored_name(&self, slot: &Slot, param: &Param) -> String {
+        stored_names(&self.config, slot, param).remove(0)
+    }
+
     fn check_activation(&self, spec: &DecoderSpec) -> std::result::Result<(), String> {
         use smore_engine::GateActivation::{GeluTanh, Silu};
         let own = match spec.activation {

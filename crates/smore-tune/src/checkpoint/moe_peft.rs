@@ -42,6 +42,9 @@ pub(super) fn mix_lora_keys(c: &MixLoraConfig) -> Value {
     })
 }
 
+/// MoE-PEFT's own weight of the balance loss. It never writes it into an adapter's settings.
+const BALANCE_WEIGHT: f64 = 0.001;
+
 /// Rank and alpha such that alpha / rank is the scale.
 fn low_rank(keys: &Map<String, Value>) -> Reading<(usize, f64)> {
     let (rank, alpha): (usize, f64) = (read(keys, "r")?, read(keys, "lora_alpha")?);
@@ -93,8 +96,7 @@ pub(super) fn mix_lora(keys: &Map<String, Value>) -> Reading<(AdapterConfig, Opt
         fanout: read(keys, "top_k")?,
         rank,
         alpha: Some(alpha),
-        balance_weight: optional(keys, "router_aux_loss_coef")?
-            .unwrap_or(GateConfig::default().balance_weight),
+        balance_weight: optional(keys, "router_aux_loss_coef")?.unwrap_or(BALANCE_WEIGHT),
     };
     Ok((AdapterConfig::MixLora(config), optional(keys, "act_fn")?))
 }

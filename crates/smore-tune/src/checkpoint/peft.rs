@@ -255,6 +255,7 @@ fn lora(keys: &Map<String, Value>) -> Reading<LoraConfig> {
             "kasa_config",
         ],
     )?;
+    check_init(keys)?;
     Ok(LoraConfig {
         targets: targets(keys)?,
         rank: read(keys, "r")?,
@@ -263,6 +264,22 @@ fn lora(keys: &Map<String, Value>) -> Reading<LoraConfig> {
         rank_pattern: optional(keys, "rank_pattern")?.unwrap_or_default(),
         alpha_pattern: optional(keys, "alpha_pattern")?.unwrap_or_default(),
     })
+}
+
+/// Initialisations that take their start out of the base's weights do so again whenever PEFT loads
+/// the adapter: the factors in the file are not all of it.
+fn check_init(keys: &Map<String, Value>) -> Reading<()> {
+    let keeps_base = ["gaussian", "eva", "orthogonal", "mica"];
+    match keys.get("init_lora_weights") {
+        Some(Value::String(init)) if !keeps_base.contains(&init.to_lowercase().as_str()) => {
+            Err(format!(
+                "init_lora_weights is `{init}`, with which PEFT changes the base's weights too; \
+                 not supported. PEFT makes a plain LoRA of it: save_pretrained with \
+                 path_initial_model_for_weight_conversion"
+            ))
+        }
+        _ => Ok(()),
+    }
 }
 
 fn hydra_lora(keys: &Map<String, Value>) -> Reading<HydraLoraConfig> {
@@ -285,7 +302,10 @@ fn hier_moe(keys: &Map<String, Value>) -> Reading<(SmoreConfig, Vec<usize>)> {
     if let ([width], depth) = (widths.as_slice(), experts.len()) {
         widths = vec![*width; depth];
     }
-    let alphas: Option<Vec<Option<f64>>> = read(keys, "lora_alpha").unwrap_or(None);
+    let alphas: Option<Vec<Option<f64>>> = optional(keys, "lora_alpha")?;
+    if let Some(n) = alphas.as_ref().map(Vec::len).filter(|&n| n != experts.len()) {
+        return Err(format!("lora_alpha has {n} entries, num_experts {}", experts.len()));
+    }
     let layers = (0..experts.len())
         .map(|l| LayerConfig {
             experts: experts[l],

@@ -74,7 +74,7 @@ mod trajectory;
 
 use super::case::{Tensor, Tensors, data_error, read_tensors};
 use super::{CaseReport, Check, Kind, distance, largest_difference, share_different};
-use crate::checkpoint::{PREFIX, load_adapter};
+use crate::checkpoint::{LoadedAdapter, load_adapter};
 use crate::error::{Error, Result};
 use crate::inject::Adapters;
 use crate::model::Model;
@@ -125,12 +125,14 @@ impl EndToEnd {
             let work = if folder.join("traj.json").is_file() {
                 Work::Run(Trajectory::open(folder, &base.spec, &loaded, &mut recording)?)
             } else {
-                Work::Batch(Fixture::open(folder, &base.spec, &loaded.adapters, &mut recording)?)
+                let params = params(&loaded);
+                let adapters = &loaded.adapters;
+                Work::Batch(Fixture::open(folder, &base.spec, adapters, params, &mut recording)?)
             };
             (loaded.adapters, loaded.values, work)
         } else {
             let none = Adapters::none(&base.spec);
-            let work = Fixture::open(folder, &base.spec, &none, &mut recording)?;
+            let work = Fixture::open(folder, &base.spec, &none, Params::new(), &mut recording)?;
             (none, vec![], Work::Batch(work))
         };
         let context = match &work {
@@ -350,15 +352,17 @@ fn scalar(value: f64) -> Tensor {
     Tensor { shape: vec![], values: vec![value] }
 }
 
-/// Where each parameter lies among all adapters' values, and its shape, by its name in an adapter
+/// Where each parameter lies among all adapters' values, and its shape, by its name in the adapter
 /// file. A shared pool has the name of its first copy.
-fn keys(adapters: &Adapters) -> BTreeMap<String, (Range<usize>, Vec<usize>)> {
-    let params =
-        adapters.slots.iter().flat_map(|slot| slot.params().iter().map(move |p| (slot, p)));
-    params
+type Params = BTreeMap<String, (Range<usize>, Vec<usize>)>;
+
+fn params(loaded: &LoadedAdapter) -> Params {
+    let slots = loaded.adapters.slots.iter();
+    slots
+        .flat_map(|slot| slot.params().iter().map(move |p| (slot, p)))
         .map(|(slot, param)| {
             let (start, range) = (slot.range.start, param.range());
-            let key = format!("{PREFIX}{}", slot.param_path(&param.name));
+            let key = loaded.settings.stored_name(slot, param);
             (key, (start + range.start..start + range.end, param.shape.clone()))
         })
         .collect()

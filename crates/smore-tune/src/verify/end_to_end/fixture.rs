@@ -2,7 +2,7 @@
 
 use super::batch::Tokens;
 use super::figures::{Figure, add_figures, figure, json};
-use super::{Recording, Rule, Scale, Source, keys, noise, scalar};
+use super::{Params, Recording, Rule, Scale, Source, noise, scalar};
 use crate::error::Result;
 use crate::generate::likeliest;
 use crate::inject::Adapters;
@@ -29,6 +29,7 @@ const SMALLEST_GRADIENT: f64 = 1e-3;
 /// What one batch is computed from.
 pub(super) struct Fixture {
     tokens: Tokens,
+    params: Params,
     long: Option<Tokens>,
     /// Recorded continuations begin with it.
     prompt: Vec<u32>,
@@ -46,6 +47,7 @@ impl Fixture {
         folder: &Path,
         spec: &DecoderSpec,
         adapters: &Adapters,
+        params: Params,
         recording: &mut Recording,
     ) -> Result<Self> {
         let mut source = Source::open(&folder.join("fixture.safetensors"))?;
@@ -65,12 +67,13 @@ impl Fixture {
         let mut fixture = Self {
             context: tokens.shape[1].max(long.as_ref().map_or(0, |long| long.shape[1])),
             tokens,
+            params,
             long,
             prompt: vec![],
             noise: noise.map(|mut of_batches| of_batches.remove(0)),
             foreign_balance: None,
         };
-        fixture.expect(&source, spec, adapters, recording)?;
+        fixture.expect(&source, spec, recording)?;
         fixture.read_continuations(&folder.join("generate.json"), spec.vocabulary, recording)?;
         fixture.check_labels(&source, recording)?;
         fixture.check_noise(&source, adapters, recording)?;
@@ -79,19 +82,12 @@ impl Fixture {
     }
 
     /// Sorts out what was recorded.
-    fn expect(
-        &self,
-        source: &Source,
-        spec: &DecoderSpec,
-        adapters: &Adapters,
-        recording: &mut Recording,
-    ) -> Result<()> {
-        let params = keys(adapters);
+    fn expect(&self, source: &Source, spec: &DecoderSpec, recording: &mut Recording) -> Result<()> {
         let gradients = source.tensors.iter().filter(|(name, _)| name.starts_with("grad."));
         let largest = gradients.flat_map(|(_, t)| &t.values).fold(0.0f64, |a, x| a.max(x.abs()));
         for (name, tensor) in &source.tensors {
             let (rule, shape) = if let Some(key) = name.strip_prefix("grad.") {
-                let Some((_, shape)) = params.get(&*key.replace(".default.", ".")) else {
+                let Some((_, shape)) = self.params.get(&*key.replace(".default.", ".")) else {
                     let message = format!("`{name}`: the adapter has no parameter `{key}`");
                     return Err(source.error(message));
                 };
@@ -331,10 +327,9 @@ impl Fixture {
             let step = model.step(batch, scales, self.noise(), &mut grads);
             let norm = grads.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
             passes.push((true, step.losses, step.balance_loss, norm));
-            let params = keys(&model.adapters);
             for name in recording.expected.keys() {
                 let Some(key) = name.strip_prefix("grad.") else { continue };
-                let (range, shape) = &params[&*key.replace(".default.", ".")];
+                let (range, shape) = &self.params[&*key.replace(".default.", ".")];
                 let values = grads[range.clone()].iter().map(|&g| f64::from(g)).collect();
                 out.insert(name.clone(), Tensor { shape: shape.clone(), values });
             }

@@ -2,7 +2,7 @@
 
 use super::batch::Tokens;
 use super::fixture::{GRADIENTS, RATES};
-use super::{Recording, Rule, Scale, Source, keys, noise, scalar};
+use super::{Params, Recording, Rule, Scale, Source, noise, params, scalar};
 use crate::checkpoint::{LoadedAdapter, read_values};
 use crate::config::{LrScheduler, TrainConfig};
 use crate::error::{Error, Result};
@@ -30,6 +30,7 @@ pub(super) struct Trajectory {
     steps: usize,
     accumulated: usize,
     micro_batches: Vec<Tokens>,
+    params: Params,
     /// Of every micro-batch and adapter.
     noise: Option<Vec<Vec<GateNoise<f64>>>>,
     /// Longest sequence.
@@ -133,7 +134,8 @@ impl Trajectory {
         let schedule =
             Schedule::with_warmup(&train, settings.cosine_warmup_steps.unwrap_or(0), steps);
         let context = micro_batches[0].shape[1];
-        Ok(Self { train, schedule, steps, accumulated, micro_batches, noise, context })
+        let params = params(loaded);
+        Ok(Self { train, schedule, steps, accumulated, micro_batches, params, noise, context })
     }
 
     /// Trains `model` and tells what every step and the end were like.
@@ -172,9 +174,9 @@ impl Trajectory {
                 recording.notes.push(note);
             }
         }
-        for (key, (range, shape)) in keys(&model.adapters) {
-            let values = model.params[range].iter().map(|&x| f64::from(x)).collect();
-            out.insert(format!("final.{key}"), Tensor { shape, values });
+        for (key, (range, shape)) in &self.params {
+            let values = model.params[range.clone()].iter().map(|&x| f64::from(x)).collect();
+            out.insert(format!("final.{key}"), Tensor { shape: shape.clone(), values });
         }
         out.retain(|name, _| recording.expected.contains_key(name));
         Ok(out)
@@ -291,7 +293,7 @@ fn expect_final(
         return Ok(());
     }
     let values = read_values(&file, &loaded.settings, &loaded.adapters)?;
-    for (key, (range, shape)) in keys(&loaded.adapters) {
+    for (key, (range, shape)) in params(loaded) {
         let values = values[range].iter().map(|&x| f64::from(x)).collect();
         recording.put(
             &format!("final.{key}"),
