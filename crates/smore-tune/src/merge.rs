@@ -199,7 +199,7 @@ fn write_notes(from: &Path, to: &Path, dtype: Option<Dtype>, total: usize) -> Re
     };
     if !from.join("model.safetensors").is_file() {
         change("model.safetensors.index.json", &|json| {
-            json["metadata"]["total_size"] = total.into()
+            json["metadata"]["total_size"] = total.into();
         })?;
     }
     let Some(dtype) = dtype else { return Ok(()) };

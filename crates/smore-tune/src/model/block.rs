@@ -1,6 +1,6 @@
 //! One transformer block: attention and FFN around the skip connection, forward and backward.
 //!
-//! The two halves are in [`super::attention`] and [`super::ffn`]; what both are made of, an
+//! The two halves are in `attention.rs` and `ffn.rs`; what both are made of, an
 //! adapted linear map, a norm, a part's way onto the skip connection, is here.
 
 use super::attention::Attention;

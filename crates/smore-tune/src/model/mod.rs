@@ -50,7 +50,7 @@ pub(crate) type Tap<D> = Box<dyn Fn(usize, Proj, View<D>, View<D>) + Send + Sync
 
 /// What a step keeps of a block until its backward pass.
 enum Kept<D: AdapterKernels> {
-    All(BlockSaved<D>),
+    All(Box<BlockSaved<D>>),
     /// `[n, hidden]`
     Input(D::Buf),
 }
@@ -261,7 +261,7 @@ impl<D: AdapterKernels> Model<D> {
             }
             let keep = b >= lowest && !recompute;
             let saved = self.block_forward(b, &mut x, &shape, &batch.positions, mode, keep);
-            kept.extend(saved.map(Kept::All));
+            kept.extend(saved.map(|saved| Kept::All(Box::new(saved))));
         }
         let (h, inv) = self.final_norm(&x, n);
         let mut dh = self.device.zeros(n * hidden);
@@ -290,7 +290,7 @@ impl<D: AdapterKernels> Model<D> {
         for b in (lowest..self.spec.blocks).rev() {
             let shape = self.attention_shape(batch, b);
             let saved = match kept.pop() {
-                Some(Kept::All(saved)) => Some(saved),
+                Some(Kept::All(saved)) => Some(*saved),
                 Some(Kept::Input(mut x)) => {
                     self.block_forward(b, &mut x, &shape, &batch.positions, mode, true)
                 }
