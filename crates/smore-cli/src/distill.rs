@@ -1,6 +1,6 @@
 //! `smore distill-lora --model DIR --adapter DIR --rank K --text FILE --out DIR`
 
-use crate::generate::note_other_base;
+use crate::folders::{must_be_new, note_other_base};
 use anyhow::Result;
 use serde_json::json;
 use smore_engine::Cpu;
@@ -50,10 +50,7 @@ fn positive(text: &str) -> Result<f64, String> {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if args.out.exists() {
-        let message = format!("{} exists; name a new folder", args.out.display());
-        return Err(Error::Config { file: "--out".into(), message }.into());
-    }
+    must_be_new(&args.out)?;
     let folder = ModelFolder::open(&args.model)?;
     let tokenizer = Tokenizer::open(&args.model)?;
     let (fitted, unseen) = texts(args, &tokenizer, folder.spec.max_positions)?;

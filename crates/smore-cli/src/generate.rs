@@ -1,9 +1,9 @@
 //! `smore generate --model DIR [--adapter DIR] --prompt TEXT`
 
+use crate::folders::note_other_base;
 use anyhow::Result;
 use smore_engine::Cpu;
 use smore_tune::checkpoint::load_adapter;
-use smore_tune::checkpoint::manifest::Manifest;
 use smore_tune::generate::{Sampling, generate};
 use smore_tune::inject::Adapters;
 use smore_tune::model::Model;
@@ -11,7 +11,7 @@ use smore_tune::model::folder::ModelFolder;
 use smore_tune::template::{Message, Template};
 use smore_tune::tokenizer::Tokenizer;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -49,20 +49,6 @@ pub(crate) struct Args {
     /// Print one JSON object on standard output instead of the text
     #[arg(long)]
     json: bool,
-}
-
-/// Says so where an adapter was trained on another model than the one it meets.
-pub(crate) fn note_other_base(adapter: &Path, model: &Path) -> Result<()> {
-    if let Some(manifest) = Manifest::read(adapter)?
-        && let Some(file) = manifest.base.quick_difference(model)?
-    {
-        eprintln!(
-            "note: {} was trained on a model whose {file} is not that of {}",
-            adapter.display(),
-            model.display()
-        );
-    }
-    Ok(())
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {

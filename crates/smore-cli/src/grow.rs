@@ -1,6 +1,6 @@
 //! `smore grow --from ADAPTER --into CONFIG --out DIR`
 
-use crate::generate::note_other_base;
+use crate::folders::{must_be_new, note_other_base};
 use anyhow::Result;
 use serde_json::json;
 use smore_engine::Cpu;
@@ -80,10 +80,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         let kind = section.adapter.kind();
         return Err(wrong(format!("adapter.kind is {kind}; only smore can be grown into")).into());
     };
-    if args.out.exists() {
-        let message = format!("{} exists; name a new folder", args.out.display());
-        return Err(Error::Config { file: "--out".into(), message }.into());
-    }
+    must_be_new(&args.out)?;
     let base = base(args, section.model)?;
     let folder = ModelFolder::open(&base)?;
     let tokenizer = Tokenizer::open(&base)?;

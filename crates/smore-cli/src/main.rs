@@ -5,6 +5,7 @@
 
 mod demo;
 mod distill;
+mod folders;
 mod generate;
 mod grow;
 mod inspect;

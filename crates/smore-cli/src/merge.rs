@@ -1,11 +1,10 @@
 //! `smore merge --model DIR --adapter DIR --out DIR`
 
-use crate::generate::note_other_base;
+use crate::folders::{must_be_new, note_other_base};
 use anyhow::Result;
 use clap::ValueEnum;
 use serde_json::json;
 use smore_tune::checkpoint::load_adapter;
-use smore_tune::error::Error;
 use smore_tune::merge::merge;
 use smore_tune::model::folder::ModelFolder;
 use smore_tune::sample_text;
@@ -42,10 +41,7 @@ enum Dtype {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    if args.out.exists() {
-        let message = format!("{} exists; name a new folder", args.out.display());
-        return Err(Error::Config { file: "--out".into(), message }.into());
-    }
+    must_be_new(&args.out)?;
     let folder = ModelFolder::open(&args.model)?;
     let tokenizer = Tokenizer::open(&args.model)?;
     let context = folder.spec.max_positions;

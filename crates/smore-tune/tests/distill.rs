@@ -1,29 +1,18 @@
 //! A distilled LoRA is as close to its adapter as its rank allows.
 
-use smore_tune::checkpoint::{LoadedAdapter, Settings};
-use smore_tune::config::AdapterConfig;
+mod adapted;
+
+use adapted::{adapter, base};
 use smore_tune::distill::{Distilled, distill, sequences};
 use smore_tune::grow::Difference;
 use smore_tune::inject::Adapters;
 use smore_tune::model::Model;
 use smore_tune::model::folder::ModelFolder;
-use std::path::Path;
 
 const FAMILIES: [&str; 3] = ["llama", "gemma2", "qwen3"];
 
 fn open(family: &str) -> ModelFolder {
-    ModelFolder::open(&Path::new("tests/recorded").join(family)).unwrap()
-}
-
-fn adapter(folder: &ModelFolder, section: &str) -> LoadedAdapter {
-    let config: AdapterConfig = serde_json::from_str(section).unwrap();
-    let adapters = Adapters::new(&config, &folder.spec).unwrap();
-    let mut values = adapters.init(4);
-    for (i, v) in values.iter_mut().enumerate() {
-        *v += 0.05 * (((i * 37) % 23) as f32 - 11.0) / 11.0;
-    }
-    let settings = Settings::new(config, Path::new("base"));
-    LoadedAdapter { settings, adapters, values }
+    ModelFolder::open(&base(family)).unwrap()
 }
 
 fn text() -> Vec<u32> {

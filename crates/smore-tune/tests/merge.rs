@@ -1,11 +1,11 @@
 //! A merged model is base and LoRA in one, in the base's own files.
 
+mod adapted;
+
+use adapted::adapter;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
-use smore_tune::checkpoint::{LoadedAdapter, Settings};
-use smore_tune::config::AdapterConfig;
 use smore_tune::grow::Difference;
-use smore_tune::inject::Adapters;
 use smore_tune::merge::merge;
 use smore_tune::model::Batch;
 use smore_tune::model::family::Family;
@@ -13,18 +13,7 @@ use smore_tune::model::folder::ModelFolder;
 use std::path::{Path, PathBuf};
 
 fn base(family: Family) -> PathBuf {
-    Path::new("tests/recorded").join(family.name())
-}
-
-fn adapter(folder: &ModelFolder, section: &str) -> LoadedAdapter {
-    let config: AdapterConfig = serde_json::from_str(section).unwrap();
-    let adapters = Adapters::new(&config, &folder.spec).unwrap();
-    let mut values = adapters.init(4);
-    for (i, v) in values.iter_mut().enumerate() {
-        *v += 0.1 * (((i * 37) % 23) as f32 - 11.0) / 11.0;
-    }
-    let settings = Settings::new(config, Path::new("base"));
-    LoadedAdapter { settings, adapters, values }
+    adapted::base(family.name())
 }
 
 fn batch() -> Batch {
