@@ -180,9 +180,10 @@ impl Tools {
             let key = name.split("__").next().unwrap_or(&name);
             let output = Command::new(&self.smore).arg("verify").arg(&folder).output()?;
             let said = String::from_utf8_lossy(&output.stderr);
-            let refused = output.status.code() == Some(2) && said.contains(key);
+            // The folder is called after the key: only what follows its path may name it.
+            let reason = said.trim().split_once(".json: ").map_or("", |(_, reason)| reason);
+            let refused = output.status.code() == Some(2) && reason.contains(key);
             ensure!(refused, "{name} was not refused for its key: {} {said}", output.status);
-            let (_, reason) = said.trim().split_once(".json: ").unwrap_or_default();
             println!("{name:34} {reason}");
         }
         Ok(())
