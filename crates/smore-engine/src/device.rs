@@ -144,9 +144,9 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
 
     /// Cross-entropy of the output head at the rows that are trained, and its gradients.
     ///
-    /// `targets` lists (row of h, target token). Returns -ln p(target) of each, in f64. Where `dh`
-    /// is given, adds `scale` times the gradient of their sum, and likewise for `dhead`. With
-    /// `soft_cap` c the logits are c tanh(z / c). Logits exist for a few rows at a time only.
+    /// `targets` lists (row of h, target token). Returns the loss of each, in f64; see
+    /// [`CrossEntropy`]. Where `dh` is given, adds `loss.scale` times the gradient of their sum,
+    /// and likewise for `dhead`. Logits exist for a few rows at a time only.
     ///
     /// # Shapes
     /// h, dh `[n, d]`; head, dhead `[vocabulary, d]`
@@ -155,14 +155,16 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
         h: View<Self>,
         targets: &[(u32, u32)],
         head: MatrixRef<Self>,
-        soft_cap: Option<f64>,
-        scale: f64,
+        loss: CrossEntropy,
         dh: Option<ViewMut<Self>>,
         dhead: Option<ViewMut<Self>>,
     ) -> Vec<f64>;
 
     /// x = cap tanh(x / cap)
     fn soft_cap(&self, cap: f64, x: ViewMut<Self>);
+    /// y += dropout(x): elements are 0 or times 1 / (1 - rate). On slopes it is its own backward
+    /// pass.
+    fn dropout(&self, dropout: Dropout, x: View<Self>, y: ViewMut<Self>);
     /// y += x
     fn add(&self, x: View<Self>, y: ViewMut<Self>);
     /// Adds `row [d]` to every row of `y [n, d]`.
@@ -259,6 +261,34 @@ pub enum GateActivation {
     Silu,
     /// GELU by its tanh approximation: x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
     GeluTanh,
+}
+
+/// The numbers of a cross-entropy.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct CrossEntropy {
+    /// With c the logits are c tanh(z / c).
+    pub soft_cap: Option<f64>,
+    /// With e the loss is (1 - e) (-ln p(target)) + e mean_j (-ln p_j); from 0 to 1.
+    pub label_smoothing: f64,
+    /// Factor on gradients, not on losses.
+    pub scale: f64,
+}
+
+impl Default for CrossEntropy {
+    fn default() -> Self {
+        Self { soft_cap: None, label_smoothing: 0.0, scale: 1.0 }
+    }
+}
+
+/// Which elements of a buffer are dropped. The same numbers give the same elements.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Dropout {
+    /// Names the stream of random numbers.
+    pub key: u64,
+    /// Place in the stream of the first element.
+    pub first: u64,
+    /// Share that is dropped, from 0 to below 1.
+    pub rate: f64,
 }
 
 /// The numbers of one AdamW step.

@@ -14,6 +14,8 @@ pub mod matrix;
 
 pub use buffer::{Mat, MatMut, View, ViewMut};
 pub use cpu::Cpu;
-pub use device::{AdamW, AttentionShape, Device, GateActivation, MatrixRef, RmsNorm, Span};
+pub use device::{
+    AdamW, AttentionShape, CrossEntropy, Device, Dropout, GateActivation, MatrixRef, RmsNorm, Span,
+};
 pub use float::Float;
 pub use matrix::{Dtype, HostMatrix};

@@ -2,8 +2,8 @@
 //! restatement.
 
 use smore_engine::{
-    AdamW, AttentionShape, Cpu, Device, GateActivation, HostMatrix, MatrixRef, RmsNorm, Span, View,
-    ViewMut,
+    AdamW, AttentionShape, Cpu, CrossEntropy, Device, GateActivation, HostMatrix, MatrixRef,
+    RmsNorm, Span, View, ViewMut,
 };
 
 type Dev = Cpu<f64>;
@@ -233,11 +233,14 @@ fn attention_with(shape: &AttentionShape, [n, n_keys]: [usize; 2]) {
 
 #[test]
 fn cross_entropy_with_frozen_and_trained_head() {
-    cross_entropy_with(None);
-    cross_entropy_with(Some(0.7));
+    for smoothing in [0.0, 0.1, 1.0] {
+        cross_entropy_with(None, smoothing);
+        cross_entropy_with(Some(0.7), smoothing);
+    }
 }
 
-fn cross_entropy_with(cap: Option<f64>) {
+fn cross_entropy_with(cap: Option<f64>, label_smoothing: f64) {
+    let loss = CrossEntropy { soft_cap: cap, label_smoothing, scale: 0.5 };
     let (n, d, vocabulary) = (6, 5, 11);
     let (h, head) = (numbers(n * d, 14), numbers(vocabulary * d, 15));
     let targets = [(0u32, 3u32), (2, 10), (5, 0)];
@@ -245,17 +248,20 @@ fn cross_entropy_with(cap: Option<f64>) {
         targets
             .iter()
             .map(|&(r, t)| {
+                let e = label_smoothing;
                 let row = &h[r as usize * d..][..d];
                 let capped = |z: f64| cap.map_or(z, |c| c * (z / c).tanh());
                 let z: Vec<f64> = head.chunks(d).map(|w| capped(inner(w, row))).collect();
-                z.iter().map(|z| z.exp()).sum::<f64>().ln() - z[t as usize]
+                let log_sum = z.iter().map(|z| z.exp()).sum::<f64>().ln();
+                let of_all = z.iter().map(|z| log_sum - z).sum::<f64>() / vocabulary as f64;
+                (1.0 - e) * (log_sum - z[t as usize]) + e * of_all
             })
             .collect()
     };
     let (mut dh, mut dhead) = (vec![0.0; n * d], vec![0.0; vocabulary * d]);
     let trained = MatrixRef::Trained(v(&head), vocabulary, d);
     let (dh_view, dhead_view) = (Some(m(&mut dh)), Some(m(&mut dhead)));
-    let losses = DEV().cross_entropy(v(&h), &targets, trained, cap, 0.5, dh_view, dhead_view);
+    let losses = DEV().cross_entropy(v(&h), &targets, trained, loss, dh_view, dhead_view);
     let want = by_definition(&h, &head);
     assert!(losses.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-12));
     check("h", &h, &dh, |h| 0.5 * by_definition(h, &head).iter().sum::<f64>());
@@ -265,7 +271,7 @@ fn cross_entropy_with(cap: Option<f64>) {
     let wide: Vec<f64> = narrow.iter().map(|&x| f64::from(x)).collect();
     let frozen = HostMatrix::from_f32(vocabulary, d, &narrow);
     let frozen = MatrixRef::Frozen(&frozen);
-    let got = DEV().cross_entropy(v(&h), &targets, frozen, cap, 1.0, None, None);
+    let got = DEV().cross_entropy(v(&h), &targets, frozen, loss, None, None);
     let want = by_definition(&h, &wide);
     assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-12));
 }
@@ -366,8 +372,7 @@ fn bits_do_not_depend_on_the_number_of_threads() {
                 full(&h),
                 &targets,
                 MatrixRef::Frozen(&frozen),
-                None,
-                1.0,
+                CrossEntropy::default(),
                 Some(ViewMut::new(&mut dh, n * 12)),
                 None,
             );

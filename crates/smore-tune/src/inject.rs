@@ -5,7 +5,8 @@ use crate::error::Error;
 use crate::model::spec::{DecoderSpec, Proj};
 use crate::targets::{self, Unknown};
 use smore::adapter::{
-    Adapter, AnyAdapter, BlockAdapter, HydraLora, Lora, MixLora, Noise, NoiseKey, Smore,
+    Adapter, AnyAdapter, BlockAdapter, HydraLora, InputDropout, Lora, MixLora, Mode, Noise,
+    NoiseKey, Smore,
 };
 use smore::config::{LoraConfig, MixLoraConfig, SmoreConfig};
 use smore::layout::Param;
@@ -62,6 +63,14 @@ impl Slot {
             Noise::Drawn(key) => Noise::Drawn(NoiseKey { place: self.place as u64, ..key }),
             Noise::Given(slots) => Noise::Given(&slots[self.place..]),
         }
+    }
+
+    /// A pass as this slot sees it.
+    pub(crate) fn mode<'a>(&self, mode: Mode<'a>) -> Mode<'a> {
+        let place = self.place as u64;
+        let own = |d: InputDropout| InputDropout { key: NoiseKey { place, ..d.key }, ..d };
+        let noise = mode.noise.map(|noise| self.noise(noise));
+        Mode { noise, dropout: mode.dropout.map(own), ..mode }
     }
 
     /// Its parameters' names and shapes.

@@ -274,3 +274,63 @@ fn smore_sharp_shares_its_pool() {
     );
     check(&mut model, None, 3);
 }
+
+const DROPPED: [&str; 5] = [
+    r#"{"kind": "lora", "rank": 2, "targets": "all-linear"}"#,
+    r#"{"kind": "hydra_lora", "heads": 3, "rank": 2, "targets": ["q_proj", "down_proj"]}"#,
+    r#"{"kind": "mix_lora", "experts": 4, "fanout": 2, "rank": 2,
+        "targets": ["o_proj", "gate_proj", "up_proj", "down_proj"]}"#,
+    r#"{"kind": "smore", "targets": ["up_proj", "down_proj"], "init": "normal",
+        "layers": [{"experts": 3, "fanout": 2, "rank": 2}, {"experts": 3, "fanout": 2, "rank": 1}],
+        "gate": {"router_width": 3, "router_input_width": 4, "activation": "tanh"}}"#,
+    r#"{"kind": "smore", "targets": ["up_proj"], "init": "normal",
+        "layers": [{"experts": 3, "fanout": 2, "rank": 2}, {"experts": 3, "fanout": 2, "rank": 1}],
+        "gate": {"kind": "noisy_topk", "router_width": 3, "router_input_width": 0}}"#,
+];
+
+/// Dropout and label smoothing against central differences with the mask held fixed, and with
+/// blocks computed again, to the bit.
+#[test]
+fn dropout_and_label_smoothing() {
+    let key = Some(NoiseKey { seed: 3, step: 1, place: 0 });
+    for adapter in DROPPED {
+        let mut model = adapted(adapter);
+        (model.dropout, model.label_smoothing) = (0.3, 0.2);
+        check(&mut model, key, 7);
+        let (loss, grads, trees) = total(&model, key);
+        model.gradient_checkpointing = true;
+        assert!((loss, grads, trees) == total(&model, key), "{adapter}");
+    }
+}
+
+/// Which elements drop depends on seed and step alone; evaluation drops nothing, and neither does
+/// a step without a key.
+#[test]
+fn dropout_is_keyed_and_off_in_evaluation() {
+    let key = |seed, step| Some(NoiseKey { seed, step, place: 0 });
+    for adapter in &DROPPED[..4] {
+        let mut model = adapted(adapter);
+        let (bare, evaluated) = (total(&model, key(3, 1)), model.losses(&batch()));
+        model.dropout = 0.3;
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| total(&model, key(3, 1)))
+        };
+        let dropped = run(1);
+        assert!(dropped == run(3) && dropped == run(2), "{adapter}");
+        assert_ne!(dropped.0, bare.0);
+        // What chooses experts sees the whole input; only attention's adapters lie in front of it.
+        let first = bare.2.first().zip(dropped.2.first());
+        if !adapter.contains("o_proj") && !adapter.contains("q_proj") {
+            assert!(first.is_none_or(|(bare, dropped)| bare == dropped), "{adapter}");
+        }
+        assert_ne!(dropped.0, total(&model, key(4, 1)).0);
+        assert_ne!(dropped.0, total(&model, key(3, 2)).0);
+        assert_eq!(total(&model, None), bare);
+        assert_eq!(model.losses(&batch()), evaluated);
+        model.dropout = 0.0;
+        model.label_smoothing = 0.2;
+        assert_ne!(total(&model, key(3, 1)).0, bare.0);
+        assert_eq!(model.losses(&batch()), evaluated);
+    }
+}

@@ -24,6 +24,8 @@ pub enum Purpose {
     Sampling = 6,
     /// What growth of an adapter draws.
     Growth = 7,
+    /// What dropout leaves out of an adapter's input.
+    Dropout = 8,
 }
 
 /// The generator for one purpose at one step in one block (or any other place numbered by the

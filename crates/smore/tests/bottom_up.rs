@@ -136,6 +136,7 @@ fn equals_its_rules() {
             &Cpu::<f64>::new(),
             None,
             None,
+            None,
             View::new(&values, values.len()),
             View::new(&x, x.len()),
             ViewMut::new(&mut y, TOKENS * D_OUT),

@@ -149,6 +149,7 @@ fn gradients_accumulate() {
             &Cpu::<f64>::new(),
             case.valid.as_deref(),
             None,
+            None,
             1.0,
             View::new(&case.params, grads.len()),
             &saved,
@@ -168,7 +169,7 @@ fn lora() {
     let config = LoraConfig { alpha: Some(4.5), ..LoraConfig::new(3) };
     let lora = Lora::new(LoraSpec::new(&config, D_IN, D_OUT).unwrap());
     let (device, n) = (Cpu::<f64>::new(), 6);
-    let mode = Mode { valid: None, noise: None };
+    let mode = Mode::plain();
     let (params, x, g) = (numbers(lora.layout.len, 1), numbers(n * D_IN, 2), numbers(n * D_OUT, 3));
     let run = |params: &[f64], x: &[f64]| {
         let mut y = vec![0.0; n * D_OUT];

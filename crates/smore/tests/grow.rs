@@ -34,7 +34,7 @@ fn trained(adapter: &impl Adapter, seed: u64) -> Vec<f32> {
 fn output(adapter: &impl MapAdapter<Cpu<f64>>, params: &[f32]) -> Vec<f64> {
     let params: Vec<f64> = params.iter().map(|&x| f64::from(x)).collect();
     let (x, mut y) = (numbers(TOKENS * D_IN, 9), vec![0.0; TOKENS * D_OUT]);
-    let mode = Mode { valid: None, noise: None };
+    let mode = Mode::plain();
     let len = y.len();
     let (params, x) = (View::new(&params, params.len()), View::new(&x, x.len()));
     adapter.forward(&Cpu::new(), mode, params, x, ViewMut::new(&mut y, len));
@@ -136,7 +136,7 @@ fn gradients(adapter: &Smore, params: &[f64]) -> Vec<f64> {
     let device = Cpu::<f64>::new();
     let (params, x) = (params.to_vec(), numbers(TOKENS * D_IN, 9));
     let (mut y, dy) = (vec![0.0; TOKENS * D_OUT], numbers(TOKENS * D_OUT, 10));
-    let mode = Mode { valid: None, noise: None };
+    let mode = Mode::plain();
     let (len, n) = (y.len(), params.len());
     let (params, x) = (View::new(&params, n), View::new(&x, x.len()));
     let saved = MapAdapter::forward(adapter, &device, mode, params, x, ViewMut::new(&mut y, len));

@@ -41,7 +41,7 @@ impl Case {
     }
 
     fn mode(&self) -> Mode<'_> {
-        Mode { valid: self.valid.as_deref(), noise: None }
+        Mode { valid: self.valid.as_deref(), ..Mode::plain() }
     }
 
     fn forward<T: Float>(&self, params: &[f64], x: &[f64]) -> (Vec<T>, HydraLoraSaved<Cpu<T>>) {

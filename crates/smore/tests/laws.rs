@@ -132,6 +132,7 @@ fn forward(
         &Cpu::<f64>::new(),
         None,
         noise,
+        None,
         View::new(&params, params.len()),
         View::new(&x, x.len()),
         ViewMut::new(&mut y, n),

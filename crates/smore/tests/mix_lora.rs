@@ -109,7 +109,7 @@ impl Case {
     }
 
     fn mode(&self) -> Mode<'_> {
-        Mode { valid: self.valid.as_deref(), noise: None }
+        Mode { valid: self.valid.as_deref(), ..Mode::plain() }
     }
 
     fn tokens(&self) -> usize {

@@ -5,7 +5,7 @@ use super::Cpu;
 use super::gemm::{Strided, StridedMut, gemm};
 use super::linear;
 use super::simd::simd;
-use crate::{Float, MatrixRef};
+use crate::{CrossEntropy, Float, MatrixRef};
 use rayon::prelude::*;
 
 /// Logits held at once: 16 MiB in f32.
@@ -15,8 +15,7 @@ pub(super) fn cross_entropy<T: Float>(
     h: &[T],
     targets: &[(u32, u32)],
     head: &MatrixRef<Cpu<T>>,
-    soft_cap: Option<f64>,
-    scale: f64,
+    loss: CrossEntropy,
     mut dh: Option<&mut [T]>,
     mut dhead: Option<&mut [T]>,
 ) -> Vec<f64> {
@@ -36,7 +35,7 @@ pub(super) fn cross_entropy<T: Float>(
             logits
                 .par_chunks_exact_mut(vocabulary)
                 .zip(chunk)
-                .map(|(row, &(_, target))| nll(row, target as usize, soft_cap, wanted, scale)),
+                .map(|(row, &(_, target))| nll(row, target as usize, loss, wanted)),
         );
         if let Some(dh) = dh.as_deref_mut() {
             let mut dx = vec![T::ZERO; n * d];
@@ -58,15 +57,9 @@ pub(super) fn cross_entropy<T: Float>(
 }
 
 /// As [`softmax_nll`] of the capped row: c tanh(z / c), whose slope is 1 - tanh^2.
-fn nll<T: Float>(
-    row: &mut [T],
-    target: usize,
-    soft_cap: Option<f64>,
-    gradient: bool,
-    scale: f64,
-) -> f64 {
-    let Some(cap) = soft_cap.map(T::from_f64) else {
-        return softmax_nll(row, target, gradient, scale);
+fn nll<T: Float>(row: &mut [T], target: usize, settings: CrossEntropy, gradient: bool) -> f64 {
+    let Some(cap) = settings.soft_cap.map(T::from_f64) else {
+        return softmax_nll(row, target, settings, gradient);
     };
     simd(|| {
         for x in row.iter_mut() {
@@ -74,7 +67,7 @@ fn nll<T: Float>(
         }
     });
     let slopes: Vec<T> = row.iter().map(|&x| T::ONE - (x / cap) * (x / cap)).collect();
-    let loss = softmax_nll(row, target, gradient, scale);
+    let loss = softmax_nll(row, target, settings, gradient);
     if gradient {
         simd(|| {
             for (x, &slope) in row.iter_mut().zip(&slopes) {
@@ -85,9 +78,17 @@ fn nll<T: Float>(
     loss
 }
 
-/// -ln softmax(row)[target]; where `gradient`, the row becomes scale (softmax - onehot(target)).
-fn softmax_nll<T: Float>(row: &mut [T], target: usize, gradient: bool, scale: f64) -> f64 {
+/// -ln softmax(row)[target], smoothed; where `gradient`, the row becomes
+/// scale (softmax - (1 - e) onehot(target) - e / vocabulary).
+fn softmax_nll<T: Float>(
+    row: &mut [T],
+    target: usize,
+    settings: CrossEntropy,
+    gradient: bool,
+) -> f64 {
+    let CrossEntropy { label_smoothing, scale, .. } = settings;
     let at_target = row[target];
+    let mean = if label_smoothing > 0.0 { mean(row) } else { 0.0 };
     let (max, sum) = simd(|| {
         let max = row.iter().fold(row[0], |m, &x| m.max_of(x));
         let mut sum = 0.0;
@@ -105,12 +106,30 @@ fn softmax_nll<T: Float>(row: &mut [T], target: usize, gradient: bool, scale: f6
     });
     if gradient {
         let factor = T::from_f64(scale / sum);
+        let spread = T::from_f64(scale * label_smoothing / row.len() as f64);
         simd(|| {
-            for x in row.iter_mut() {
-                *x *= factor;
+            if label_smoothing > 0.0 {
+                row.iter_mut().for_each(|x| *x = *x * factor - spread);
+            } else {
+                row.iter_mut().for_each(|x| *x *= factor);
             }
         });
-        row[target] -= T::from_f64(scale);
+        row[target] -= T::from_f64(scale * (1.0 - label_smoothing));
     }
-    sum.ln() - (at_target - max).to_f64()
+    let log_sum = sum.ln();
+    let loss = log_sum - (at_target - max).to_f64();
+    if label_smoothing > 0.0 {
+        let of_all = log_sum - (mean - max.to_f64());
+        return (1.0 - label_smoothing) * loss + label_smoothing * of_all;
+    }
+    loss
+}
+
+/// The mean in f64, of sums of a few hundred terms in T.
+fn mean<T: Float>(row: &[T]) -> f64 {
+    let sum: f64 = simd(|| {
+        let part = |part: &[T]| part.iter().fold(T::ZERO, |sum, &x| sum + x).to_f64();
+        row.chunks(256).map(part).sum()
+    });
+    sum / row.len() as f64
 }

@@ -4,6 +4,7 @@
 //! the shapes alone, and every sum has a fixed order.
 
 mod attention;
+mod dropout;
 mod elementwise;
 mod embedding;
 mod gated;
@@ -20,8 +21,8 @@ pub use gemm::{Strided, StridedMut, gemm};
 pub use simd::{dot, simd};
 
 use crate::{
-    AdamW, AttentionShape, Device, Float, GateActivation, HostMatrix, Mat, MatMut, MatrixRef,
-    RmsNorm, View, ViewMut,
+    AdamW, AttentionShape, CrossEntropy, Device, Dropout, Float, GateActivation, HostMatrix, Mat,
+    MatMut, MatrixRef, RmsNorm, View, ViewMut,
 };
 use std::marker::PhantomData;
 
@@ -243,8 +244,7 @@ impl<T: Float> Device for Cpu<T> {
         h: View<Self>,
         targets: &[(u32, u32)],
         head: MatrixRef<Self>,
-        soft_cap: Option<f64>,
-        scale: f64,
+        loss: CrossEntropy,
         dh: Option<ViewMut<Self>>,
         dhead: Option<ViewMut<Self>>,
     ) -> Vec<f64> {
@@ -252,8 +252,7 @@ impl<T: Float> Device for Cpu<T> {
             Self::slice(h),
             targets,
             &head,
-            soft_cap,
-            scale,
+            loss,
             dh.map(Self::slice_mut),
             dhead.map(Self::slice_mut),
         )
@@ -261,6 +260,10 @@ impl<T: Float> Device for Cpu<T> {
 
     fn soft_cap(&self, cap: f64, x: ViewMut<Self>) {
         elementwise::soft_cap(T::from_f64(cap), Self::slice_mut(x));
+    }
+
+    fn dropout(&self, dropout: Dropout, x: View<Self>, y: ViewMut<Self>) {
+        dropout::add(dropout, Self::slice(x), Self::slice_mut(y));
     }
 
     fn add(&self, x: View<Self>, y: ViewMut<Self>) {

@@ -99,7 +99,7 @@ impl<D: AdapterKernels> Model<D> {
         }
         let (slot, adapter) = self.adapters.at(block, proj)?;
         let params = self.params_view().at(slot.range.clone());
-        let mode = Mode { noise: mode.noise.map(|key| slot.noise(key)), ..mode };
+        let mode = slot.mode(mode);
         if let Some(tap) = &self.tap {
             let mut own = self.device.zeros(y.len);
             let saved = adapter.forward(&self.device, mode, params, x, self.view_mut(&mut own));
@@ -139,7 +139,7 @@ impl<D: AdapterKernels> Model<D> {
         if let (Some((slot, adapter)), Some(saved)) = (self.adapters.at(block, proj), saved) {
             let params = self.params_view().at(slot.range.clone());
             let grads = self.view_mut(grads).at(slot.range.clone());
-            let mode = Mode { noise: mode.noise.map(|key| slot.noise(key)), ..mode };
+            let mode = slot.mode(mode);
             let scale = scales.balance;
             adapter.backward(&self.device, mode, scale, params, saved, x, dy, grads, dx);
         }

@@ -37,7 +37,7 @@ impl<D: AdapterKernels> Model<D> {
             let target = self.view_mut(&mut inner);
             let mix = if let Some((slot, mix)) = self.adapters.in_ffn(b) {
                 let params = self.params_view().at(slot.range.clone());
-                Some(mix.forward(&self.device, mode, params, input, target, y.rb()))
+                Some(mix.forward(&self.device, slot.mode(mode), params, input, target, y.rb()))
             } else {
                 self.device.gated(self.spec.activation, input.gate, input.up, target);
                 None
@@ -97,7 +97,7 @@ impl<D: AdapterKernels> Model<D> {
             let scale = scales.balance;
             mix.backward(
                 &self.device,
-                mode,
+                slot.mode(mode),
                 scale,
                 params,
                 saved,

@@ -16,9 +16,9 @@ pub mod weights;
 use crate::inject::Adapters;
 use block::{BlockSaved, KvCache};
 use folder::ModelFolder;
-use smore::adapter::{Mode, Noise};
+use smore::adapter::{InputDropout, Mode, Noise};
 use smore::kernel::{AdapterKernels, Routing};
-use smore_engine::{AttentionShape, Float, Span, View, ViewMut};
+use smore_engine::{AttentionShape, CrossEntropy, Float, Span, View, ViewMut};
 use spec::{DecoderSpec, Proj};
 use weights::Weights;
 
@@ -41,6 +41,10 @@ pub struct Model<D: AdapterKernels> {
     /// A step keeps only each block's input and computes the block again in the backward sweep:
     /// less memory for a third more time, and the same bits.
     pub gradient_checkpointing: bool,
+    /// Share of the adapters' inputs that is dropped in a step whose noise is drawn.
+    pub dropout: f64,
+    /// Label smoothing of a step; evaluation has none.
+    pub label_smoothing: f64,
     /// Sees what every adapted map is given and what its adapter adds.
     pub(crate) tap: Option<Tap<D>>,
 }
@@ -136,9 +140,19 @@ impl<D: AdapterKernels> Model<D> {
         let table = spec.rope.table(context, spec.head_dim);
         let table: Vec<D::Elem> = table.iter().map(|&x| D::Elem::from_f64(x)).collect();
         let (params, rope) = (device.upload(&values), device.upload(&table));
-        let gradient_checkpointing = false;
-        let tap = None;
-        Self { device, spec, weights, adapters, params, rope, context, gradient_checkpointing, tap }
+        Self {
+            device,
+            spec,
+            weights,
+            adapters,
+            params,
+            rope,
+            context,
+            gradient_checkpointing: false,
+            dropout: 0.0,
+            label_smoothing: 0.0,
+            tap: None,
+        }
     }
 
     /// Number of trained parameters.
@@ -217,26 +231,38 @@ impl<D: AdapterKernels> Model<D> {
     pub fn losses(&self, batch: &Batch) -> Vec<f64> {
         let n = batch.ids.len();
         let mut x = self.embed(&batch.ids);
-        let mode = Mode { valid: None, noise: None };
+        let mode = Mode::plain();
         for b in 0..self.spec.blocks {
             let shape = self.attention_shape(batch, b);
             self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
         }
         let (h, _) = self.final_norm(&x, n);
         let h = View::new(&h, n * self.spec.hidden);
-        let (head, cap) = (self.weights.head(self), self.spec.logit_soft_cap);
-        self.device.cross_entropy(h, &batch.targets, head, cap, 1.0, None, None)
+        let head = self.weights.head(self);
+        let loss = CrossEntropy { soft_cap: self.spec.logit_soft_cap, ..CrossEntropy::default() };
+        self.device.cross_entropy(h, &batch.targets, head, loss, None, None)
     }
 
     /// Routing of every adapted linear map over a batch, in the order of the adapters.
     pub fn routing(&self, batch: &Batch) -> Vec<Option<Routing<D::Elem>>> {
         let mut x = self.embed(&batch.ids);
-        let mode = Mode { valid: None, noise: None };
+        let mode = Mode::plain();
         let blocks = (0..self.spec.blocks).filter_map(|b| {
             let shape = self.attention_shape(batch, b);
             self.block_forward(b, &mut x, &shape, &batch.positions, mode, true)
         });
         blocks.flat_map(BlockSaved::into_routing).collect()
+    }
+
+    /// What a training step is like: its noise, and dropout with the same key.
+    fn training<'a>(&self, noise: Option<Noise<'a>>) -> Mode<'a> {
+        let dropout = match noise {
+            Some(Noise::Drawn(key)) if self.dropout > 0.0 => {
+                Some(InputDropout { rate: self.dropout, key })
+            }
+            _ => None,
+        };
+        Mode { valid: None, noise, dropout }
     }
 
     /// Losses of a batch; adds the gradients of `scales.loss * sum + scales.balance * balance` to
@@ -249,7 +275,7 @@ impl<D: AdapterKernels> Model<D> {
         grads: &mut D::Buf,
     ) -> StepOutput<D::Elem> {
         let (n, hidden) = (batch.ids.len(), self.spec.hidden);
-        let mode = Mode { valid: None, noise };
+        let mode = self.training(noise);
         let lowest = self.lowest_trained();
         let mut x = self.embed(&batch.ids);
         let mut kept: Vec<Kept<D>> = Vec::new();
@@ -270,8 +296,11 @@ impl<D: AdapterKernels> Model<D> {
             View::new(&h, n * hidden),
             &batch.targets,
             self.weights.head(self),
-            self.spec.logit_soft_cap,
-            scales.loss,
+            CrossEntropy {
+                soft_cap: self.spec.logit_soft_cap,
+                label_smoothing: self.label_smoothing,
+                scale: scales.loss,
+            },
             Some(ViewMut::new(&mut dh, n * hidden)),
             self.weights.head_grad(ViewMut::new(grads, total)),
         );
@@ -326,7 +355,7 @@ impl<D: AdapterKernels> Model<D> {
 
     /// Runs block `b` over a batch, in place.
     pub(crate) fn run_block(&self, b: usize, x: &mut D::Buf, batch: &Batch) {
-        let (shape, mode) = (self.attention_shape(batch, b), Mode { valid: None, noise: None });
+        let (shape, mode) = (self.attention_shape(batch, b), Mode::plain());
         self.block_forward(b, x, &shape, &batch.positions, mode, false);
     }
 
@@ -340,7 +369,7 @@ impl<D: AdapterKernels> Model<D> {
         let (n, width) = (batch.ids.len(), batch.ids.len() * self.spec.hidden);
         let mut x = self.embed(&batch.ids);
         let mut states = Vec::new();
-        let mode = Mode { valid: None, noise };
+        let mode = Mode { noise, ..Mode::plain() };
         for b in 0..self.spec.blocks {
             let shape = self.attention_shape(batch, b);
             states.push(self.device.download(View::new(&x, width)));
@@ -375,7 +404,7 @@ impl<D: AdapterKernels> Model<D> {
         let positions: Vec<u32> = (start as u32..(start + n) as u32).collect();
         let span = Span { q_start: 0, q_len: n, k_start: 0, k_len: start + n };
         let mut x = self.embed(ids);
-        let mode = Mode { valid: None, noise: None };
+        let mode = Mode::plain();
         for b in 0..self.spec.blocks {
             let shape = self.shape_of(vec![span], b);
             self.block_extend(b, &mut x, &shape, &positions, mode, cache);

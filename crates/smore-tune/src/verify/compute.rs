@@ -46,7 +46,7 @@ impl LayerCase {
         let mut adapted = vec![T::ZERO; inputs.n * spec.d_out];
         let target = ViewMut::new(&mut adapted, inputs.n * spec.d_out);
         let (params, x) = (whole(&inputs.params), whole(&inputs.x));
-        let saved = smore.forward_with(&Cpu::new(), valid, noise, params, x, target);
+        let saved = smore.forward_with(&Cpu::new(), valid, noise, None, params, x, target);
         let y = self.sum(&self.base_output(&inputs), &adapted);
         let mut out = Tensors::new();
         self.put_routing(&inputs, &saved, &mut out);
@@ -257,6 +257,7 @@ impl LayerCase {
             &Cpu::new(),
             inputs.valid.as_deref(),
             inputs.noise.as_ref(),
+            None,
             1.0,
             whole(&inputs.params),
             saved,

@@ -7,6 +7,7 @@
 //!
 //! A and R are one matrix, so that both projections are one product `z [n, r + N]`.
 
+use super::dropout::Stack;
 use super::{Adapter, MapAdapter, Mode};
 use crate::config::GateKind;
 use crate::init;
@@ -39,6 +40,11 @@ impl HydraLora {
     /// An adapter for `spec`; it holds no values.
     pub fn new(spec: HydraLoraSpec) -> Self {
         Self { layout: HydraLoraLayout::new(&spec), spec }
+    }
+
+    fn stack(&self) -> Stack {
+        let HydraLoraSpec { d_in, rank, .. } = self.spec;
+        Stack { d_in, rows: self.spec.stack_width(), down: rank }
     }
 
     fn gate(&self) -> Gate {
@@ -88,10 +94,7 @@ impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
     ) -> HydraLoraSaved<D> {
         let HydraLoraSpec { d_in, d_out, heads, rank, scale } = self.spec;
         let (n, width) = (x.len / d_in, self.spec.stack_width());
-        let mut z = device.zeros(n * width);
-        let stack = params.at(0..self.layout.up).mat(width, d_in);
-        let target = ViewMut::new(&mut z, n * width).mat(n, width);
-        device.gemm(1.0, x.mat(n, d_in), stack.t(), 0.0, target);
+        let z = self.stack().project(device, mode.dropout, params.at(0..self.layout.up), x);
         let z_view = View::new(&z, n * width);
         let routing = flat::route(self.gate(), 0.0, &self.logits(device, z_view), mode.valid);
         let weights = device.upload(&transposed(&routing.tree.layers[0].gate_weight, heads));
@@ -151,12 +154,8 @@ impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
         );
         let dlogits = device.upload(&flat::among_zeros(&dlogits, width, rank, heads));
         device.add(View::new(&dlogits, n * width), ViewMut::new(&mut dz, n * width));
-        let dz = View::new(&dz, n * width).mat(n, width);
-        let dstack = grads.at(0..self.layout.up).mat(width, d_in);
-        device.gemm(1.0, dz.t(), x.mat(n, d_in), 1.0, dstack);
-        if let Some(dx) = dx {
-            let stack = params.at(0..self.layout.up).mat(width, d_in);
-            device.gemm(1.0, dz, stack, 1.0, dx.mat(n, d_in));
-        }
+        let (dz, stack) = (View::new(&dz, n * width), 0..self.layout.up);
+        let (map, dmap) = (params.at(stack.clone()), grads.at(stack));
+        self.stack().backward(device, mode.dropout, 0, map, x, dz, dmap, dx);
     }
 }

@@ -1,5 +1,6 @@
 //! LoRA (Hu et al. 2021): y += (alpha / r) B A x.
 
+use super::dropout::Stack;
 use super::{Adapter, MapAdapter, Mode};
 use crate::init;
 use crate::kernel::AdapterKernels;
@@ -20,6 +21,11 @@ impl Lora {
     /// An adapter for `spec`; it holds no values.
     pub fn new(spec: LoraSpec) -> Self {
         Self { layout: LoraLayout::new(&spec), spec }
+    }
+
+    fn stack(&self) -> Stack {
+        let LoraSpec { d_in, rank, .. } = self.spec;
+        Stack { d_in, rows: rank, down: rank }
     }
 }
 
@@ -44,18 +50,15 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
     fn forward(
         &self,
         device: &D,
-        _mode: Mode,
+        mode: Mode,
         params: View<D>,
         x: View<D>,
         y: ViewMut<D>,
     ) -> LoraSaved<D> {
         let LoraSpec { d_in, d_out, rank, scale } = self.spec;
         let n = x.len / d_in;
-        let a = params.at(0..self.layout.up).mat(rank, d_in);
         let b = params.at(self.layout.up..self.layout.len).mat(d_out, rank);
-        let mut down = device.zeros(n * rank);
-        let target = ViewMut::new(&mut down, n * rank).mat(n, rank);
-        device.gemm(1.0, x.mat(n, d_in), a.t(), 0.0, target);
+        let down = self.stack().project(device, mode.dropout, params.at(0..self.layout.up), x);
         let down_mat = View::new(&down, n * rank).mat(n, rank);
         device.gemm(scale, down_mat, b.t(), 1.0, y.mat(n, d_out));
         LoraSaved { down }
@@ -64,7 +67,7 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
     fn backward(
         &self,
         device: &D,
-        _mode: Mode,
+        mode: Mode,
         _balance_scale: f64,
         params: View<D>,
         saved: &LoraSaved<D>,
@@ -82,11 +85,7 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
         let mut ddown = device.zeros(n * rank);
         let b = params.at(up..len).mat(d_out, rank);
         device.gemm(scale, dy, b, 0.0, ViewMut::new(&mut ddown, n * rank).mat(n, rank));
-        let ddown = View::new(&ddown, n * rank).mat(n, rank);
-        device.gemm(1.0, ddown.t(), x.mat(n, d_in), 1.0, grads.at(0..up).mat(rank, d_in));
-        if let Some(dx) = dx {
-            let a = params.at(0..up).mat(rank, d_in);
-            device.gemm(1.0, ddown, a, 1.0, dx.mat(n, d_in));
-        }
+        let (ddown, a) = (View::new(&ddown, n * rank), params.at(0..up));
+        self.stack().backward(device, mode.dropout, 0, a, x, ddown, grads.at(0..up), dx);
     }
 }

@@ -14,6 +14,7 @@
 //! that is used again. Nothing as large as `n x k x intermediate` ever exists, and backward computes
 //! h_e again.
 
+use super::dropout::{Input, Stack};
 use super::{Adapter, Mode};
 use crate::config::GateKind;
 use crate::init;
@@ -23,7 +24,7 @@ use crate::router::{Gate, flat};
 use crate::spec::MixLoraSpec;
 use crate::tree::TreeLayer;
 use rand::Rng;
-use smore_engine::{Device, Mat, MatMut, MatrixRef, View, ViewMut};
+use smore_engine::{Device, Dropout, Mat, MatMut, MatrixRef, View, ViewMut};
 use std::ops::Range;
 
 /// Pairs of token and expert whose values are alive at once.
@@ -93,17 +94,15 @@ impl MixLora {
     ) -> MixLoraSaved<D> {
         let MixLoraSpec { hidden, balance_weight, .. } = self.spec;
         let (n, width) = (input.x.len / hidden, self.spec.stack_width());
-        let mut z = device.zeros(n * width);
-        let stack = params.at(0..self.layout.stack_end).mat(width, hidden);
-        let target = ViewMut::new(&mut z, n * width).mat(n, width);
-        device.gemm(1.0, input.x.mat(n, hidden), stack.t(), 0.0, target);
+        let stack = params.at(0..self.layout.stack_end);
+        let z = self.stack().project(device, mode.dropout, stack, input.x);
         let logits = self.logits(device, View::new(&z, n * width));
         let routing = flat::route(self.gate(), balance_weight, &logits, mode.valid);
         device.clear(inner.rb());
         let pairs = Pairs::new(device, &routing.tree.layers[0], self.spec);
         let mut rows = Rows::new(device, &self.spec, pairs.nodes.len(), false);
         for piece in &pairs.pieces {
-            let pass = Pass::new(self, device, params, &pairs, piece);
+            let pass = Pass::new(self, device, mode, params, &pairs, piece);
             pass.hidden(&mut rows, View::new(&z, n * width), input);
             pass.forward(&mut rows, inner.rb(), y.rb());
         }
@@ -135,7 +134,7 @@ impl MixLora {
         let (mut dz, mut dweights) = (device.zeros(n * width), device.zeros(n * fanout));
         let mut rows = Rows::new(device, &self.spec, pairs.nodes.len(), true);
         for piece in &pairs.pieces {
-            let pass = Pass::new(self, device, params, &pairs, piece);
+            let pass = Pass::new(self, device, mode, params, &pairs, piece);
             pass.hidden(&mut rows, z, input);
             let dots = ViewMut::new(&mut dweights, n * fanout).at(piece.pairs.clone());
             pass.down_backward(&mut rows, dy, dinner, grads.rb(), dots);
@@ -154,14 +153,14 @@ impl MixLora {
         let dlogits = flat::among_zeros(&dlogits, width, self.spec.logits(), experts);
         let dlogits = device.upload(&dlogits);
         device.add(View::new(&dlogits, n * width), ViewMut::new(&mut dz, n * width));
-        let dz = View::new(&dz, n * width).mat(n, width);
-        let stack = 0..self.layout.stack_end;
-        let dstack = grads.at(stack.clone()).mat(width, hidden);
-        device.gemm(1.0, dz.t(), input.x.mat(n, hidden), 1.0, dstack);
-        if let Some(d) = dinput {
-            let stack = params.at(stack).mat(width, hidden);
-            device.gemm(1.0, dz, stack, 1.0, d.x.mat(n, hidden));
-        }
+        let (dz, stack) = (View::new(&dz, n * width), 0..self.layout.stack_end);
+        let (map, dmap, dx) = (params.at(stack.clone()), grads.at(stack), dinput.map(|d| d.x));
+        self.stack().backward(device, mode.dropout, 0, map, input.x, dz, dmap, dx);
+    }
+
+    fn stack(&self) -> Stack {
+        let rows = self.spec.stack_width();
+        Stack { d_in: self.spec.hidden, rows, down: self.spec.logits() }
     }
 
     /// The switch gate, dividing by the sum also where one expert is chosen: its weight is then 1
@@ -248,6 +247,8 @@ struct Rows<D: Device> {
     dgate: D::Buf,
     dup: D::Buf,
     dinner: D::Buf,
+    /// h_e without what is dropped in front of A_down, and slopes by it, `[m, intermediate]`
+    dropped: D::Buf,
     /// A_down h_e, `[m, r]`, and slopes by it
     low: D::Buf,
     dlow: D::Buf,
@@ -268,6 +269,8 @@ impl<D: Device> Rows<D> {
             dgate: slopes(spec.intermediate),
             dup: slopes(spec.intermediate),
             dinner: slopes(spec.intermediate),
+            // Given its room where there is dropout.
+            dropped: device.zeros(0),
             low: rows(spec.rank),
             dlow: slopes(spec.rank),
             y: rows(spec.hidden),
@@ -284,19 +287,24 @@ struct Pass<'a, D: Device> {
     tokens: &'a [u32],
     /// p_e of each token
     weights: View<'a, D>,
+    /// On h_e in front of A_down
+    dropout: Option<Dropout>,
 }
 
 impl<'a, D: Device> Pass<'a, D> {
     fn new(
         adapter: &'a MixLora,
         device: &'a D,
+        mode: Mode,
         params: View<'a, D>,
         pairs: &'a Pairs<D>,
         piece: &Piece,
     ) -> Self {
         let weights = View::new(&pairs.weights, pairs.nodes.len()).at(piece.pairs.clone());
         let tokens = &pairs.tokens[piece.pairs.clone()];
-        Self { adapter, device, params, expert: piece.expert, tokens, weights }
+        let first = piece.pairs.start * adapter.spec.intermediate;
+        let dropout = mode.dropout.map(|d| d.from(Input::Inner, first));
+        Self { adapter, device, params, expert: piece.expert, tokens, weights, dropout }
     }
 
     /// The rows in use.
@@ -368,19 +376,25 @@ impl<'a, D: Device> Pass<'a, D> {
         self.device.gated(act, gate, up, self.rows_mut(&mut rows.inner, intermediate));
     }
 
-    /// A_down h_e.
-    fn project_down(&self, factors: ExpertFactors, inner: &D::Buf, low: &mut D::Buf) {
+    /// A_down h_e, of h_e with elements dropped where there is dropout.
+    fn project_down(&self, factors: ExpertFactors, rows: &mut Rows<D>) {
         let MixLoraSpec { intermediate, rank, .. } = self.adapter.spec;
         let a = self.params.at(self.factor(factors.a, rank, intermediate)).mat(rank, intermediate);
-        let target = self.mat_mut(low, rank);
-        self.device.gemm(1.0, self.mat(inner, intermediate), a.t(), 0.0, target);
+        if let Some(dropout) = self.dropout {
+            rows.dropped = self.device.zeros(self.tokens.len() * intermediate);
+            let target = self.rows_mut(&mut rows.dropped, intermediate);
+            self.device.dropout(dropout, self.rows(&rows.inner, intermediate), target);
+        }
+        let inner = if self.dropout.is_some() { &rows.dropped } else { &rows.inner };
+        let inner = self.mat(inner, intermediate);
+        self.device.gemm(1.0, inner, a.t(), 0.0, self.mat_mut(&mut rows.low, rank));
     }
 
     /// inner += p h_e and y += p s B_down A_down h_e.
     fn forward(&self, rows: &mut Rows<D>, inner: ViewMut<D>, y: ViewMut<D>) {
         let MixLoraSpec { hidden, intermediate, rank, scale, .. } = self.adapter.spec;
         if let Some(f) = self.adapter.layout.down_proj {
-            self.project_down(f, &rows.inner, &mut rows.low);
+            self.project_down(f, rows);
             self.device.scale_rows(self.weights, self.rows_mut(&mut rows.low, rank));
             let b = self.params.at(self.factor(f.b, hidden, rank)).mat(hidden, rank);
             let target = self.mat_mut(&mut rows.y, hidden);
@@ -413,7 +427,7 @@ impl<'a, D: Device> Pass<'a, D> {
         let Some(f) = self.adapter.layout.down_proj else { return };
         let (a, b) = (self.factor(f.a, rank, intermediate), self.factor(f.b, hidden, rank));
         self.gather(dy, hidden, &mut rows.y);
-        self.project_down(f, &rows.inner, &mut rows.low);
+        self.project_down(f, rows);
         let (dy, target) = (self.mat(&rows.y, hidden), self.mat_mut(&mut rows.dlow, rank));
         device.gemm(scale, dy, self.params.at(b.clone()).mat(hidden, rank), 0.0, target);
         device.row_dots(self.rows(&rows.dlow, rank), self.rows(&rows.low, rank), dweights);
@@ -421,10 +435,16 @@ impl<'a, D: Device> Pass<'a, D> {
         by_weight(&mut rows.dlow, rank);
         let (low, dlow) = (self.mat(&rows.low, rank), self.mat(&rows.dlow, rank));
         device.gemm(scale, dy.t(), low, 1.0, grads.rb().at(b).mat(hidden, rank));
-        let inner = self.mat(&rows.inner, intermediate);
+        let inner = if self.dropout.is_some() { &rows.dropped } else { &rows.inner };
+        let inner = self.mat(inner, intermediate);
         device.gemm(1.0, dlow.t(), inner, 1.0, grads.at(a.clone()).mat(rank, intermediate));
-        let target = self.mat_mut(&mut rows.dinner, intermediate);
-        device.gemm(1.0, dlow, self.params.at(a).mat(rank, intermediate), 1.0, target);
+        let a = self.params.at(a).mat(rank, intermediate);
+        let Some(dropout) = self.dropout else {
+            return device.gemm(1.0, dlow, a, 1.0, self.mat_mut(&mut rows.dinner, intermediate));
+        };
+        device.gemm(1.0, dlow, a, 0.0, self.mat_mut(&mut rows.dropped, intermediate));
+        let slopes = self.rows(&rows.dropped, intermediate);
+        device.dropout(dropout, slopes, self.rows_mut(&mut rows.dinner, intermediate));
     }
 
     /// Slopes by g_e and u_e.

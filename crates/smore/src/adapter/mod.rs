@@ -1,10 +1,12 @@
 //! Adapters: on one linear map behind one trait, and MixLoRA inside an FFN.
 
+mod dropout;
 mod hydra_lora;
 mod lora;
 mod mix_lora;
 mod smore;
 
+pub use dropout::InputDropout;
 pub use hydra_lora::{HydraLora, HydraLoraSaved};
 pub use lora::{Lora, LoraSaved};
 pub use mix_lora::{FfnInput, FfnSlopes, MixLora, MixLoraSaved};
@@ -22,6 +24,15 @@ pub struct Mode<'a> {
     pub valid: Option<&'a [bool]>,
     /// Noise of noisy gates, where the pass is a training step.
     pub noise: Option<Noise<'a>>,
+    /// Dropout on the adapter's input, in a training step.
+    pub dropout: Option<InputDropout>,
+}
+
+impl Mode<'_> {
+    /// A pass that is no training step, over tokens that all count.
+    pub fn plain() -> Self {
+        Self { valid: None, noise: None, dropout: None }
+    }
 }
 
 /// Where the noise of a noisy gate comes from.

@@ -6,6 +6,7 @@
 //! y     += W_proj hidden + bias_proj
 //! ```
 
+use super::dropout::{InputDropout, Stack};
 use super::{Adapter, MapAdapter, Mode, Noise};
 use crate::config::GateKind;
 use crate::init;
@@ -41,19 +42,25 @@ impl Smore {
         Self { layout: SmoreLayout::new(&spec), spec }
     }
 
+    fn stack(&self) -> Stack {
+        let (d_in, rows) = (self.spec.d_in, self.spec.stack_width());
+        Stack { d_in, rows, down: rows - self.spec.gate.input_width }
+    }
+
     /// Forward with the noise given instead of drawn; see [`MapAdapter::forward`].
     pub fn forward_with<D: AdapterKernels>(
         &self,
         device: &D,
         valid: Option<&[bool]>,
         noise: Option<&GateNoise<D::Elem>>,
+        dropout: Option<InputDropout>,
         params: View<D>,
         x: View<D>,
         mut y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
-        let z = self.project(device, params, x, n);
+        let z = self.project(device, dropout, params, x, n);
         let mut hidden = device.zeros(n * root);
         let pass = Pass { spec, layout, valid, noise };
         let target = ViewMut::new(&mut hidden, n * root);
@@ -69,16 +76,13 @@ impl Smore {
     fn project<D: AdapterKernels>(
         &self,
         device: &D,
+        dropout: Option<InputDropout>,
         params: View<D>,
         x: View<D>,
         n: usize,
     ) -> D::Buf {
-        let (spec, at) = (&self.spec, self.layout.stack_bias);
-        let width = spec.stack_width();
-        let mut z = device.zeros(n * width);
-        let stack = params.at(0..at).mat(width, spec.d_in);
-        let target = ViewMut::new(&mut z, n * width);
-        device.gemm(1.0, x.mat(n, spec.d_in), stack.t(), 0.0, target.mat(n, width));
+        let (width, at) = (self.spec.stack_width(), self.layout.stack_bias);
+        let mut z = self.stack().project(device, dropout, params.at(0..at), x);
         device.add_row(params.at(at..at + width), ViewMut::new(&mut z, n * width));
         z
     }
@@ -89,6 +93,7 @@ impl Smore {
         device: &D,
         valid: Option<&[bool]>,
         noise: Option<&GateNoise<D::Elem>>,
+        dropout: Option<InputDropout>,
         balance_scale: f64,
         params: View<D>,
         saved: &SmoreSaved<D>,
@@ -105,7 +110,7 @@ impl Smore {
         let room = n.min(BACKWARD_TOKENS);
         let (mut dz, mut hidden) = (device.zeros(room * width), device.zeros(room * root));
         let out = params.at(proj..bias).mat(spec.d_out, root);
-        let stack = params.at(0..stack_end).mat(width, spec.d_in);
+        let stack = params.at(0..stack_end);
         let mut dx = dx;
         for first in (0..n).step_by(BACKWARD_TOKENS) {
             let m = BACKWARD_TOKENS.min(n - first);
@@ -132,13 +137,9 @@ impl Smore {
             device.sum_rows(dy, grads.rb().at(bias..layout.core));
             let dz = dz.view();
             device.sum_rows(dz, grads.rb().at(stack_end..stack_end + width));
-            let dz = dz.mat(m, width);
-            let dstack = grads.rb().at(0..stack_end).mat(width, spec.d_in);
-            device.gemm(1.0, dz.t(), x.mat(m, spec.d_in), 1.0, dstack);
-            if let Some(dx) = &mut dx {
-                let dx = dx.rb().at(rows(spec.d_in)).mat(m, spec.d_in);
-                device.gemm(1.0, dz, stack, 1.0, dx);
-            }
+            let dstack = grads.rb().at(0..stack_end);
+            let dx = dx.as_mut().map(|dx| dx.rb().at(rows(spec.d_in)));
+            self.stack().backward(device, dropout, first, stack, x, dz, dstack, dx);
         }
     }
 
@@ -173,7 +174,7 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
         y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let noise = self.noise(mode, x.len / self.spec.d_in);
-        self.forward_with(device, mode.valid, noise.as_ref(), params, x, y)
+        self.forward_with(device, mode.valid, noise.as_ref(), mode.dropout, params, x, y)
     }
 
     fn backward(
@@ -193,6 +194,7 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
             device,
             mode.valid,
             noise.as_ref(),
+            mode.dropout,
             balance_scale,
             params,
             saved,
