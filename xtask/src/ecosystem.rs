@@ -130,7 +130,7 @@ impl Tools {
         let config = format!(
             "model: {}\nadapter: {adapter}\ndata: {{train: [{{path: {}}}]}}\noutput_dir: {}\n\
              train: {{learning_rate: 0.01, max_steps: 6, gradient_accumulation_steps: 2, \
-             lr_scheduler_type: constant, warmup_ratio: 0}}\n",
+             lr_scheduler_type: constant}}\n",
             fs::canonicalize(DEMO_BASE)?.display(),
             runs.join("data.jsonl").display(),
             runs.join(name).display(),

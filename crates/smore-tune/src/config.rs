@@ -13,10 +13,11 @@ use smore::targets::Targets;
 
 use crate::error::{Error, Result};
 
+mod foreign;
 mod train;
 mod yaml;
 
-pub use train::{LrScheduler, TrainConfig};
+pub use train::{BalanceReduction, LrScheduler, RouterLr, SchedulerKwargs, TrainConfig};
 
 /// One training run, as the user wrote it and with the defaults filled in.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -178,7 +179,8 @@ impl RunConfig {
 
     /// Parses and validates `text`; `name` stands for the file in messages.
     pub fn parse(text: &str, name: &str) -> Result<Self> {
-        let config = yaml::parse(text, name)?;
+        let mut config = yaml::parse(text, name)?;
+        config.train.settle();
         config.validate().map_err(|message| config_error(name, message))?;
         Ok(config)
     }
@@ -195,7 +197,8 @@ impl RunConfig {
             check(!path.as_os_str().is_empty(), key, "empty", "a path")?;
         }
         self.data.validate()?;
-        self.train.validate()
+        self.train.validate()?;
+        self.train.validate_for(&self.adapter)
     }
 }
 

@@ -1,5 +1,6 @@
 //! Fine-tuning of frozen Hugging Face models with the adapters of [`smore`].
 
+mod batching;
 pub mod checkpoint;
 pub mod config;
 pub mod data;
@@ -9,6 +10,7 @@ pub mod error;
 pub mod generate;
 pub mod grow;
 pub mod inject;
+mod learning_rates;
 pub mod memory;
 pub mod merge;
 pub mod model;
@@ -19,6 +21,7 @@ pub mod run_folder;
 pub mod run_report;
 pub mod sample_text;
 pub mod schedule;
+mod selection;
 pub mod sft;
 pub mod targets;
 pub mod template;

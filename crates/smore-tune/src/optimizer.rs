@@ -2,6 +2,7 @@
 
 use crate::config::TrainConfig;
 use crate::error::{Error, Result};
+use crate::learning_rates::Rates;
 use crate::model::Model;
 use smore_engine::{AdamW, Cpu, Device, View, ViewMut};
 
@@ -11,13 +12,19 @@ pub(crate) struct Optimizer {
     pub(crate) grads: Vec<f32>,
     m: Vec<f32>,
     v: Vec<f32>,
+    rates: Rates,
 }
 
 impl Optimizer {
     /// No gradient yet, no past.
     pub(crate) fn new(model: &Model<Cpu<f32>>) -> Self {
+        Self::with_rates(model, vec![(0..model.trained(), 1.0)])
+    }
+
+    /// As [`Optimizer::new`], with a factor on the learning rate of some parameters.
+    pub(crate) fn with_rates(model: &Model<Cpu<f32>>, rates: Rates) -> Self {
         let zeros = || vec![0.0; model.trained()];
-        Self { grads: zeros(), m: zeros(), v: zeros() }
+        Self { grads: zeros(), m: zeros(), v: zeros(), rates }
     }
 
     /// Clips, steps and clears the gradients; returns their norm before clipping. Steps count
@@ -44,21 +51,23 @@ impl Optimizer {
         if train.max_grad_norm > 0.0 && factor < 1.0 {
             device.scale(factor, ViewMut::new(&mut self.grads, n));
         }
-        let settings = AdamW {
-            learning_rate,
-            beta1: train.adam_beta1,
-            beta2: train.adam_beta2,
-            epsilon: train.adam_epsilon,
-            weight_decay: train.weight_decay,
-            step: step as u64,
-        };
-        device.adamw(
-            &settings,
-            ViewMut::new(&mut model.params, n),
-            View::new(&self.grads, n),
-            ViewMut::new(&mut self.m, n),
-            ViewMut::new(&mut self.v, n),
-        );
+        for (run, factor) in &self.rates {
+            let settings = AdamW {
+                learning_rate: learning_rate * factor,
+                beta1: train.adam_beta1,
+                beta2: train.adam_beta2,
+                epsilon: train.adam_epsilon,
+                weight_decay: train.weight_decay,
+                step: step as u64,
+            };
+            device.adamw(
+                &settings,
+                ViewMut::new(&mut model.params, n).at(run.clone()),
+                View::new(&self.grads, n).at(run.clone()),
+                ViewMut::new(&mut self.m, n).at(run.clone()),
+                ViewMut::new(&mut self.v, n).at(run.clone()),
+            );
+        }
         device.clear(ViewMut::new(&mut self.grads, n));
         Ok(norm)
     }

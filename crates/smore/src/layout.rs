@@ -30,10 +30,31 @@ impl Param {
         self.len() == 0
     }
 
+    /// The part of a router that it is; `None` for what computes residuals.
+    pub fn router(&self) -> Option<RouterPart> {
+        if let Some(layer) = self.name.strip_prefix("moe_gate.") {
+            return layer.split('.').next()?.parse().ok().map(RouterPart::Layer);
+        }
+        match self.name.as_str() {
+            name if name.starts_with("moe_downproj_x.") => Some(RouterPart::Shared),
+            "lora_route.weight" | "mlp.moe_gate.weight" => Some(RouterPart::Layer(0)),
+            _ => None,
+        }
+    }
+
     /// Its elements in the adapter's run of numbers.
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.len()
     }
+}
+
+/// What a router's parameter serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouterPart {
+    /// One layer, 0 at the leaves.
+    Layer(usize),
+    /// All layers.
+    Shared,
 }
 
 /// Parameters of S'MoRE on one linear map.

@@ -10,6 +10,7 @@ use serde::de::{
 };
 use serde::{Deserialize, Deserializer};
 
+use super::foreign::advice;
 use super::{AdapterConfig, AdapterSection, DataConfig, RunConfig, TrainConfig, config_error};
 use crate::error::{Result, nearest};
 
@@ -211,6 +212,9 @@ fn describe(error: &serde_saphyr::Error, got: &str) -> String {
     use serde_saphyr::Error as Yaml;
     match error {
         Yaml::SerdeUnknownField { field, expected, .. } => {
+            if let Some(advice) = advice(field) {
+                return format!("key `{field}` does not exist here: {advice}");
+            }
             let hint = did_you_mean(field, expected.iter().copied());
             format!("unknown key `{field}`; expected one of {}{hint}", expected.join(", "))
         }

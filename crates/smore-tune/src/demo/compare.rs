@@ -199,7 +199,7 @@ impl Desk {
                 num_train_epochs: 2.0,
                 per_device_train_batch_size: 16,
                 gradient_accumulation_steps: 1,
-                warmup_ratio: 0.05,
+                warmup_ratio: Some(0.05),
                 eval_steps: 25,
                 save_steps: 0,
                 seed: self.seed,
