@@ -1,5 +1,6 @@
 //! Frozen matrices as they lie in a file.
 
+use rayon::prelude::*;
 use std::sync::Arc;
 
 /// Storage type of a frozen matrix.
@@ -59,6 +60,27 @@ impl HostMatrix {
         assert_eq!(values.len(), rows * cols, "element count");
         let bytes: Vec<u8> = bytemuck::cast_slice(values).to_vec();
         Self::new(rows, cols, Dtype::F32, Arc::new(bytes), 0)
+    }
+
+    /// The same matrix rounded to bf16 (to the nearest, ties to even), in memory of its own.
+    pub fn to_bf16(&self) -> Self {
+        let mut bytes = vec![0u8; self.rows * self.cols * 2];
+        let width = self.cols.max(1);
+        bytes.par_chunks_mut(width * 2).enumerate().for_each(|(row, out)| {
+            let from = self.row_bytes(row, 1);
+            let put = |out: &mut [u8; 2], x: f32| *out = half::bf16::from_f32(x).to_le_bytes();
+            let out = out.as_chunks_mut::<2>().0.iter_mut();
+            match self.dtype {
+                Dtype::F32 => out
+                    .zip(from.as_chunks::<4>().0)
+                    .for_each(|(out, b)| put(out, f32::from_le_bytes(*b))),
+                Dtype::F16 => out
+                    .zip(from.as_chunks::<2>().0)
+                    .for_each(|(out, b)| put(out, half::f16::from_le_bytes(*b).to_f32())),
+                Dtype::Bf16 => out.zip(from.as_chunks::<2>().0).for_each(|(out, b)| *out = *b),
+            }
+        });
+        Self::new(self.rows, self.cols, Dtype::Bf16, Arc::new(bytes), 0)
     }
 
     /// Bytes of rows `first..first + n`.

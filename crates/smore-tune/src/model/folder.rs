@@ -17,6 +17,7 @@ pub struct ModelFolder {
     /// The decoder that `config.json` describes.
     pub spec: DecoderSpec,
     tensors: BTreeMap<String, HostMatrix>,
+    maps: Vec<Arc<Mmap>>,
 }
 
 /// One tensor as found in a file.
@@ -39,6 +40,12 @@ impl ModelFolder {
         for file in weight_files(path)? {
             read_header(&file, &mut found)?;
         }
+        let mut maps: Vec<Arc<Mmap>> = Vec::new();
+        for tensor in found.values() {
+            if !maps.iter().any(|map| Arc::ptr_eq(map, &tensor.map)) {
+                maps.push(Arc::clone(&tensor.map));
+            }
+        }
         let mut tensors = BTreeMap::new();
         for (name, shape) in spec.tensors() {
             let tensor = found.remove(&name).ok_or_else(|| missing(path, &name, &found))?;
@@ -59,7 +66,18 @@ impl ModelFolder {
                 ),
             });
         }
-        Ok(Self { path: path.to_owned(), spec, tensors })
+        Ok(Self { path: path.to_owned(), spec, tensors, maps })
+    }
+
+    /// The same model with every tensor rounded to bf16 and kept in memory. What was read of the
+    /// files on the way is given back to the system tensor by tensor.
+    pub fn in_bf16(mut self) -> Self {
+        for tensor in self.tensors.values_mut().filter(|t| t.dtype != Dtype::Bf16) {
+            let rounded = tensor.to_bf16();
+            let stored = std::mem::replace(tensor, rounded);
+            give_back(&self.maps, stored.row_bytes(0, stored.rows));
+        }
+        self
     }
 
     /// A tensor's matrix; vectors have one row.
@@ -161,6 +179,25 @@ fn bind(name: &str, shape: &[usize], tensor: Found) -> Result<HostMatrix> {
     let owner = Arc::new(Mapped(tensor.map));
     Ok(HostMatrix::new(rows, cols, dtype, owner, tensor.start))
 }
+
+/// Lets the system drop the pages that hold `bytes`. Failing leaves them for the system to drop
+/// when it needs the memory.
+#[cfg(unix)]
+fn give_back(maps: &[Arc<Mmap>], bytes: &[u8]) {
+    let start = bytes.as_ptr() as usize;
+    let holds = |map: &&Arc<Mmap>| map.as_ptr_range().contains(&bytes.as_ptr());
+    let Some(map) = maps.iter().find(holds) else { return };
+    let offset = start - map.as_ptr() as usize;
+    // SAFETY: the map is read only and backed by a file, so pages that are dropped come back with
+    // the same bytes when they are read again.
+    let advised = unsafe {
+        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, bytes.len())
+    };
+    drop(advised);
+}
+
+#[cfg(not(unix))]
+fn give_back(_: &[Arc<Mmap>], _: &[u8]) {}
 
 /// Shares a memory map between the tensors in it.
 struct Mapped(Arc<Mmap>);
