@@ -8,6 +8,7 @@ mod distill;
 mod folders;
 mod generate;
 mod grow;
+mod import;
 mod inspect;
 mod merge;
 mod progress;
@@ -38,6 +39,8 @@ enum Command {
     DistillLora(distill::Args),
     /// Make a deeper S'MoRE of an adapter that exists, with the same function
     Grow(grow::Args),
+    /// Turn a configuration of LLaMA-Factory or of S'MoRE's authors into one for `train`
+    ImportConfig(import::Args),
     /// Show an adapter's structure, size, cost and flexibility, from its folder or a configuration
     Inspect(inspect::Args),
     /// Merge a LoRA into its base model
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::DistillLora(args) => distill::run(&args),
         Command::Grow(args) => grow::run(&args),
+        Command::ImportConfig(args) => import::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Verify(args) => verify::run(&args),

@@ -17,6 +17,7 @@ mod foreign;
 mod train;
 mod yaml;
 
+pub(crate) use foreign::advice;
 pub use train::{BalanceReduction, LrScheduler, RouterLr, SchedulerKwargs, TrainConfig};
 
 /// One training run, as the user wrote it and with the defaults filled in.
@@ -232,7 +233,15 @@ impl AdapterSection {
     }
 }
 
-fn read_text(path: &Path, what: &str) -> Result<String> {
+/// The YAML mapping `text` without asking what its keys are.
+pub(crate) fn mapping(
+    text: &str,
+    name: &str,
+) -> Result<serde_json::Map<String, serde_json::Value>> {
+    yaml::from_yaml(text, name)
+}
+
+pub(crate) fn read_text(path: &Path, what: &str) -> Result<String> {
     fs::read_to_string(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::InvalidData => {
             config_error(&path.display().to_string(), "not UTF-8 text; expected YAML")

@@ -9,6 +9,7 @@ pub mod distill;
 pub mod error;
 pub mod generate;
 pub mod grow;
+pub mod import;
 pub mod inject;
 mod learning_rates;
 pub mod memory;

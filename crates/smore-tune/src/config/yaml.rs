@@ -187,7 +187,7 @@ impl<'de, M: MapAccess<'de>> MapAccess<'de> for SkipKind<M> {
 }
 
 /// Parses YAML; an unknown key gets its line and the nearest known key.
-fn from_yaml<T: DeserializeOwned>(text: &str, name: &str) -> Result<T> {
+pub(super) fn from_yaml<T: DeserializeOwned>(text: &str, name: &str) -> Result<T> {
     serde_saphyr::from_str(text).map_err(|error| {
         let error = error.without_snippet();
         let (mut place, mut got) = (String::new(), "");
