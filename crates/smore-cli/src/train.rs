@@ -70,5 +70,13 @@ fn summarise(outcome: &Outcome) {
         outcome.tokens as f64 / outcome.seconds.max(1e-9),
         bytes(outcome.peak_memory_bytes)
     );
+    if outcome.stopped_early {
+        println!(
+            "stopped early: no better held-out loss for train.early_stopping_patience evaluations"
+        );
+    }
+    if outcome.exported_step != outcome.steps {
+        println!("exported: step {}, which had the lowest held-out loss", outcome.exported_step);
+    }
     println!("{}", outcome.trained.display());
 }

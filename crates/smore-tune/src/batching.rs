@@ -1,5 +1,6 @@
 //! Which samples come together: packs of short samples, and batches of samples of like length.
 
+use crate::config::TrainConfig;
 use rand::Rng;
 use rand::seq::SliceRandom;
 use std::collections::BTreeMap;
@@ -7,9 +8,18 @@ use std::collections::BTreeMap;
 /// Batches among which samples are sorted by length, as in Hugging Face's trainer.
 const GROUPED_BATCHES: usize = 50;
 
+/// The entries of batches: single samples, or packs of them.
+pub(crate) fn entries(train: &TrainConfig, lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
+    if train.packing {
+        packs(lengths, capacity)
+    } else {
+        (0..lengths.len()).map(|i| vec![i]).collect()
+    }
+}
+
 /// Puts samples into packs of at most `capacity` tokens, the longest first and each into the
 /// fullest pack that has room. A longer sample is a pack by itself.
-pub(crate) fn packs(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
+fn packs(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).collect();
     order.sort_by_key(|&i| std::cmp::Reverse(lengths[i]));
     let mut packs: Vec<Vec<usize>> = Vec::new();

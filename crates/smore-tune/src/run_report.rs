@@ -48,7 +48,7 @@ pub fn report(outcome: &Outcome) -> Report {
         vec!["trained parameters".to_owned(), thousands(outcome.trainable_parameters)],
         vec!["held-out loss before".to_owned(), loss(outcome.eval_loss_before)],
         vec!["held-out loss after".to_owned(), loss(outcome.eval_loss_after)],
-        vec!["steps".to_owned(), outcome.steps.to_string()],
+        vec!["steps".to_owned(), steps(outcome)],
         vec!["tokens".to_owned(), thousands(outcome.tokens)],
         vec!["seconds".to_owned(), format!("{:.1}", outcome.seconds)],
         vec![
@@ -65,6 +65,18 @@ pub fn report(outcome: &Outcome) -> Report {
     }];
     sections.extend(curves(&[(name.as_ref(), &outcome.metrics)]));
     Report { title: format!("run {name}"), subtitle: String::new(), sections }
+}
+
+/// How many, why no more, and which one's values were exported.
+fn steps(outcome: &Outcome) -> String {
+    let mut text = outcome.steps.to_string();
+    if outcome.stopped_early {
+        text.push_str(", stopped early");
+    }
+    if outcome.exported_step != outcome.steps {
+        text = format!("{text}; exported: step {}, the best", outcome.exported_step);
+    }
+    text
 }
 
 /// 1234567 -> `1,234,567`

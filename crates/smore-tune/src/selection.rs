@@ -8,9 +8,10 @@ pub(crate) struct Selection {
     patience: Option<usize>,
     threshold: f64,
     keeps_values: bool,
-    best: Option<Best>,
+    /// The best evaluation so far.
+    pub(crate) best: Option<Best>,
     /// Evaluations since the last that was better by more than the threshold.
-    waited: usize,
+    pub(crate) waited: usize,
 }
 
 /// The evaluation with the lowest held-out loss.
@@ -49,24 +50,9 @@ impl Selection {
         self.patience.is_some_and(|patience| self.waited >= patience)
     }
 
-    /// The best evaluation so far.
-    pub(crate) fn best(&self) -> Option<&Best> {
-        self.best.as_ref()
-    }
-
     /// The best evaluation where its values are to be exported.
     pub(crate) fn exported(&self) -> Option<&Best> {
         self.best.as_ref().filter(|_| self.keeps_values)
-    }
-
-    /// Evaluations since the last worth waiting for.
-    pub(crate) fn waited(&self) -> usize {
-        self.waited
-    }
-
-    /// Goes on where an interrupted run stood.
-    pub(crate) fn resume(&mut self, best: Option<Best>, waited: usize) {
-        (self.best, self.waited) = (best, waited);
     }
 }
 
@@ -95,7 +81,7 @@ mod tests {
         assert_eq!(all.exported(), Some(&Best { step: 6, loss: 1.8, values: vec![6.0] }));
         let mut never = selection(None, 0.0);
         assert!(!(0..50).any(|i| never.see(i, 1.0 + i as f64, &[])));
-        assert_eq!(never.best().unwrap().step, 0);
+        assert_eq!(never.best.unwrap().step, 0);
     }
 
     #[test]
@@ -104,20 +90,9 @@ mod tests {
         assert!(!all.see(1, 3.0, &[1.0]));
         assert!(!all.see(2, 2.9, &[2.0]));
         assert!(all.see(3, 2.8, &[3.0]));
-        assert_eq!(all.best().unwrap().step, 3);
+        assert_eq!(all.best.unwrap().step, 3);
         let mut bare = Selection::new(&TrainConfig::default());
         bare.see(1, 1.0, &[1.0]);
-        assert!(bare.exported().is_none() && bare.best().unwrap().values.is_empty());
-    }
-
-    #[test]
-    fn goes_on_where_it_stood() {
-        let mut whole = selection(Some(2), 0.0);
-        whole.see(1, 1.0, &[1.0]);
-        whole.see(2, 2.0, &[2.0]);
-        let mut resumed = selection(Some(2), 0.0);
-        resumed.resume(whole.best().cloned(), whole.waited());
-        assert_eq!(resumed, whole);
-        assert!(resumed.see(3, 1.5, &[3.0]));
+        assert!(bare.exported().is_none() && bare.best.unwrap().values.is_empty());
     }
 }

@@ -4,12 +4,14 @@
 //! [`Prepared::run`] trains, evaluates and writes the run folder. What a person sees meanwhile is
 //! an [`Observer`]'s business.
 
+use crate::batching::{entries, group_by_length};
 use crate::checkpoint::manifest::{Manifest, TrainedOn};
 use crate::checkpoint::{LoadedAdapter, Settings, load_adapter, save_adapter, save_model};
-use crate::config::{AdapterConfig, RunConfig, TrainConfig};
+use crate::config::{AdapterConfig, BalanceReduction, RunConfig, TrainConfig};
 use crate::data::{self, Dataset, Sample};
 use crate::error::{Error, Result};
 use crate::inject::{Adapters, config_error};
+use crate::learning_rates::rates as rates_of;
 use crate::memory;
 use crate::model::folder::ModelFolder;
 use crate::model::spec::DecoderSpec;
@@ -20,6 +22,7 @@ use crate::routing::usage;
 use crate::run_folder::RunFolder;
 use crate::run_report;
 use crate::schedule::Schedule;
+use crate::selection::Selection;
 use crate::template::Template;
 use crate::tokenizer::Tokenizer;
 use rand::seq::SliceRandom;
@@ -129,10 +132,19 @@ pub struct Outcome {
     pub trainable_parameters: usize,
     /// Held-out loss before training; absent without held-out data.
     pub eval_loss_before: Option<f64>,
-    /// Held-out loss after training.
+    /// Held-out loss of what was exported.
     pub eval_loss_after: Option<f64>,
     /// Optimizer steps.
     pub steps: usize,
+    /// Whether `early_stopping_patience` ended the run.
+    pub stopped_early: bool,
+    /// Step of the evaluation with the lowest held-out loss.
+    pub best_step: Option<usize>,
+    /// That loss.
+    pub best_eval_loss: Option<f64>,
+    /// Step whose values were exported: the best one's with `load_best_model_at_end`, else the
+    /// last.
+    pub exported_step: usize,
     /// Tokens read in training.
     pub tokens: usize,
     /// Seconds of training, evaluations included.
@@ -165,7 +177,12 @@ impl Prepared {
             return Err(config_error(name, "data.train holds no sample to train on".into()));
         }
         check_vocabulary(&spec, &tokenizer, &data, &config)?;
-        let total_steps = total_steps(&config.train, data.train.len());
+        let rates = &config.train.router_lr_multiplier;
+        rates_of(&start.adapters, rates, 0).map_err(|m| config_error(name, m))?;
+        let lengths = lengths(&data.train);
+        let total_steps =
+            total_steps(&config.train, entries(&config.train, &lengths, cutoff_len).len());
+        check_evaluations(&config.train, &data, name)?;
         let manifest = manifest(&config, &data)?;
         Ok(Self { config, spec, folder, data, start, manifest, cutoff_len, total_steps })
     }
@@ -191,6 +208,7 @@ impl Prepared {
         let train = &config.train;
         let mut out = RunFolder::create(&config)?;
         let device = Cpu::new();
+        let folder = if train.bf16 { folder.map(ModelFolder::in_bf16) } else { folder };
         let mut model = if matches!(config.adapter, AdapterConfig::Full(_)) {
             let values = match &folder {
                 Some(folder) => read_all(folder),
@@ -205,10 +223,15 @@ impl Prepared {
         };
         drop(folder);
         model.gradient_checkpointing = train.gradient_checkpointing;
+        model.dropout = train.lora_dropout;
+        model.label_smoothing = train.label_smoothing_factor;
 
         let schedule = Schedule::new(train, total_steps);
-        let mut optimizer = Optimizer::new(&model);
-        let mut windows = Windows::new(train, data.train.len());
+        let rates = rates_of(&model.adapters, &train.router_lr_multiplier, model.trained());
+        let mut optimizer = Optimizer::with_rates(&model, rates.map_err(Error::Run)?);
+        let lengths = lengths(&data.train);
+        let mut windows = Windows::new(train, &lengths, cutoff_len);
+        let mut selection = Selection::new(train);
         let start = Instant::now();
         let mut tokens = 0;
         let mut log = |metric: Metric, tokens: usize, out: &mut RunFolder| -> Result<()> {
@@ -227,6 +250,7 @@ impl Prepared {
             log(Metric::Eval(eval), 0, &mut out)?;
         }
         let mut after = before.clone();
+        let mut steps = total_steps;
         for step in 1..=total_steps {
             let window = windows.next_window();
             let result = accumulate(&model, &data.train, &window, train, &mut optimizer)?;
@@ -249,19 +273,28 @@ impl Prepared {
             if (last || due(step, train.eval_steps))
                 && let Some(eval) = evaluate(&model, step)
             {
+                let stop = selection.see(step, eval.eval_loss, &model.params);
                 after = Some(eval.clone());
                 log(Metric::Eval(eval), tokens, &mut out)?;
+                if stop {
+                    steps = step;
+                    break;
+                }
             }
             if !last && due(step, train.save_steps) {
                 let path = config.output_dir.join(format!("checkpoint-{step}"));
                 save(&path, &config, &settings, &manifest, &model)?;
             }
         }
+        if let Some(best) = selection.exported() {
+            model.params.clone_from(&best.values);
+        }
         let name = if model.weights.is_trained() { "model" } else { "adapter" };
         let trained = config.output_dir.join(name);
         let unseen = if data.validation.is_empty() { &data.train } else { &data.validation };
         manifest.routing = usage(&model, &unseen.iter().take(USAGE_SAMPLES).collect::<Vec<_>>());
-        manifest.steps = Some(total_steps);
+        manifest.steps = Some(steps);
+        manifest.best_step = selection.exported().map(|best| best.step);
         save(&trained, &config, &settings, &manifest, &model)?;
         observer.saved(&trained);
         let outcome = Outcome {
@@ -269,8 +302,15 @@ impl Prepared {
             trained,
             trainable_parameters: model.trained(),
             eval_loss_before: before.map(|e| e.eval_loss),
-            eval_loss_after: after.map(|e| e.eval_loss),
-            steps: total_steps,
+            eval_loss_after: match selection.exported() {
+                Some(best) => Some(best.loss),
+                None => after.map(|e| e.eval_loss),
+            },
+            steps,
+            stopped_early: steps < total_steps,
+            best_step: selection.best.as_ref().map(|best| best.step),
+            best_eval_loss: selection.best.as_ref().map(|best| best.loss),
+            exported_step: selection.exported().map_or(steps, |best| best.step),
             tokens,
             seconds: start.elapsed().as_secs_f64(),
             peak_memory_bytes: memory::peak(),
@@ -306,10 +346,26 @@ fn due(step: usize, every: usize) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
 
-/// Optimizer steps of a run over `samples` samples.
-fn total_steps(train: &TrainConfig, samples: usize) -> usize {
+fn lengths(samples: &[Sample]) -> Vec<usize> {
+    samples.iter().map(|sample| sample.ids.len()).collect()
+}
+
+/// What chooses among evaluations needs some.
+fn check_evaluations(train: &TrainConfig, data: &Dataset, name: &str) -> Result<()> {
+    let selects = train.early_stopping_patience.is_some() || train.load_best_model_at_end;
+    if selects && data.validation.is_empty() {
+        let message = "train.early_stopping_patience and train.load_best_model_at_end go by the \
+                       held-out loss, but nothing is held out; give data.validation a fraction or \
+                       a path";
+        return Err(config_error(name, message.into()));
+    }
+    Ok(())
+}
+
+/// Optimizer steps of a run over `entries` samples or packs of them.
+fn total_steps(train: &TrainConfig, entries: usize) -> usize {
     let window = train.per_device_train_batch_size * train.gradient_accumulation_steps;
-    let per_epoch = samples.div_ceil(window);
+    let per_epoch = entries.div_ceil(window);
     let by_epochs = (train.num_train_epochs * per_epoch as f64).ceil() as usize;
     train.max_steps.unwrap_or(by_epochs).max(1)
 }
@@ -319,7 +375,10 @@ struct Windows {
     seed: u64,
     batch: usize,
     per_step: usize,
-    samples: usize,
+    /// Samples, or packs of them, and how many tokens they have.
+    entries: Vec<Vec<usize>>,
+    lengths: Vec<usize>,
+    group_by_length: bool,
     epoch: u64,
     order: Vec<usize>,
     next: usize,
@@ -334,12 +393,16 @@ struct Window {
 }
 
 impl Windows {
-    fn new(train: &TrainConfig, samples: usize) -> Self {
+    fn new(train: &TrainConfig, lengths: &[usize], cutoff_len: usize) -> Self {
+        let entries = entries(train, lengths, cutoff_len);
+        let tokens = |entry: &Vec<usize>| entry.iter().map(|&i| lengths[i]).sum();
         let mut windows = Self {
             seed: train.seed,
             batch: train.per_device_train_batch_size,
             per_step: train.gradient_accumulation_steps,
-            samples,
+            lengths: entries.iter().map(tokens).collect(),
+            entries,
+            group_by_length: train.group_by_length,
             epoch: 0,
             order: Vec::new(),
             next: 0,
@@ -350,20 +413,26 @@ impl Windows {
     }
 
     fn shuffle(&mut self) {
-        self.order = (0..self.samples).collect();
-        self.order.shuffle(&mut stream(self.seed, Purpose::Order, self.epoch, 0));
+        self.order = (0..self.entries.len()).collect();
+        let mut rng = stream(self.seed, Purpose::Order, self.epoch, 0);
+        self.order.shuffle(&mut rng);
+        if self.group_by_length {
+            group_by_length(&mut self.order, &self.lengths, self.batch, &mut rng);
+        }
         self.next = 0;
     }
 
     /// The last window of an epoch may be smaller.
     fn next_window(&mut self) -> Window {
-        if self.next == self.samples {
+        if self.next == self.entries.len() {
             self.epoch += 1;
             self.shuffle();
         }
-        let end = self.samples.min(self.next + self.batch * self.per_step);
-        let micro_batches: Vec<Vec<usize>> =
-            self.order[self.next..end].chunks(self.batch).map(<[usize]>::to_vec).collect();
+        let end = self.entries.len().min(self.next + self.batch * self.per_step);
+        let micro_batches: Vec<Vec<usize>> = self.order[self.next..end]
+            .chunks(self.batch)
+            .map(|batch| batch.iter().flat_map(|&i| self.entries[i].clone()).collect())
+            .collect();
         let first_micro_batch = self.micro_batches;
         self.next = end;
         self.micro_batches += micro_batches.len() as u64;
@@ -371,7 +440,7 @@ impl Windows {
     }
 
     fn epochs_done(&self) -> f64 {
-        self.epoch as f64 + self.next as f64 / self.samples as f64
+        self.epoch as f64 + self.next as f64 / self.entries.len() as f64
     }
 }
 
@@ -404,7 +473,11 @@ fn accumulate(
         })
         .collect();
     let trained_tokens: usize = batches.iter().map(|b| b.targets.len()).sum();
-    let scales = Scales { loss: 1.0 / trained_tokens as f64, balance: 1.0 / batches.len() as f64 };
+    let balance = match train.balance_reduction {
+        BalanceReduction::Mean => 1.0 / batches.len() as f64,
+        BalanceReduction::SumOverMicrobatches => 1.0,
+    };
+    let scales = Scales { loss: 1.0 / trained_tokens as f64, balance };
     let (mut loss, mut balance_loss) = (0.0, 0.0);
     for (i, batch) in batches.iter().enumerate() {
         let step = window.first_micro_batch + i as u64;
@@ -501,7 +574,7 @@ mod tests {
             gradient_accumulation_steps: 2,
             ..TrainConfig::default()
         };
-        let mut windows = Windows::new(&train, 7);
+        let mut windows = Windows::new(&train, &[3; 7], 10);
         let mut epoch = || -> Vec<usize> {
             (0..2).flat_map(|_| windows.next_window().micro_batches).flatten().collect()
         };
@@ -510,6 +583,40 @@ mod tests {
         for mut order in [first, second] {
             order.sort_unstable();
             assert_eq!(order, (0..7).collect::<Vec<_>>());
+        }
+    }
+
+    /// The same of packs and of batches of like length, whose tokens stay within the cutoff.
+    #[test]
+    fn packs_and_groups_come_once_an_epoch_too() {
+        let lengths: Vec<usize> = (0..50).map(|i| 1 + (i * 37) % 30).collect();
+        for (packing, group_by_length) in [(true, false), (false, true)] {
+            let train = TrainConfig {
+                per_device_train_batch_size: 3,
+                gradient_accumulation_steps: 2,
+                packing,
+                group_by_length,
+                ..TrainConfig::default()
+            };
+            let mut windows = Windows::new(&train, &lengths, 64);
+            let count = entries(&train, &lengths, 64).len();
+            let mut orders = Vec::new();
+            for _ in 0..2 {
+                let epoch: Vec<Window> =
+                    (0..count.div_ceil(6)).map(|_| windows.next_window()).collect();
+                let batches: Vec<_> = epoch.into_iter().flat_map(|w| w.micro_batches).collect();
+                for batch in &batches {
+                    let tokens: usize = batch.iter().map(|&i| lengths[i]).sum();
+                    assert!(!packing || tokens <= 3 * 64);
+                }
+                orders.push(batches.concat());
+            }
+            assert_eq!(windows.epochs_done(), 2.0);
+            assert_ne!(orders[0], orders[1]);
+            for order in &mut orders {
+                order.sort_unstable();
+                assert_eq!(*order, (0..50).collect::<Vec<_>>());
+            }
         }
     }
 

@@ -30,6 +30,9 @@ pub struct Manifest {
     /// Optimizer steps.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub steps: Option<usize>,
+    /// The step whose values these are, where it is that of the lowest held-out loss.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub best_step: Option<usize>,
     /// The adapter it was grown from, or continues.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<String>,
