@@ -5,6 +5,7 @@
 
 mod demo;
 mod distill;
+mod doctor;
 mod folders;
 mod generate;
 mod grow;
@@ -37,6 +38,8 @@ enum Command {
     Generate(generate::Args),
     /// Fit the best LoRA of a given rank to an adapter, for servers that know only LoRA
     DistillLora(distill::Args),
+    /// Look at model, adapter, data and machine before anything long starts
+    Doctor(doctor::Args),
     /// Make a deeper S'MoRE of an adapter that exists, with the same function
     Grow(grow::Args),
     /// Turn a configuration of LLaMA-Factory or of S'MoRE's authors into one for `train`
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::DistillLora(args) => distill::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Grow(args) => grow::run(&args),
         Command::ImportConfig(args) => import::run(&args),
         Command::Inspect(args) => inspect::run(&args),

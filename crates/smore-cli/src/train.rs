@@ -4,6 +4,7 @@ use crate::progress::Progress;
 use crate::table::{bytes, count};
 use anyhow::Result;
 use smore_tune::config::RunConfig;
+use smore_tune::doctor::Severity;
 use smore_tune::sft::{Outcome, Prepared};
 use std::path::PathBuf;
 
@@ -18,10 +19,9 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let config = RunConfig::load(&args.config)?;
-    let asked = config.data.cutoff_len;
     let prepared = Prepared::new(config, &args.config.display().to_string())?;
     if !args.json {
-        announce(&prepared, asked);
+        announce(&prepared);
     }
     let mut progress = Progress::new("training", prepared.total_steps, args.json);
     let result = prepared.run(&mut progress);
@@ -35,7 +35,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn announce(prepared: &Prepared, asked: usize) {
+fn announce(prepared: &Prepared) {
     let report = &prepared.data.report;
     eprintln!(
         "data     {} training samples, {} held out; {} trained tokens of {}, {} samples cut at {}",
@@ -46,10 +46,9 @@ fn announce(prepared: &Prepared, asked: usize) {
         report.truncated,
         prepared.cutoff_len,
     );
-    if prepared.cutoff_len < asked {
-        eprintln!(
-            "         data.cutoff_len {asked} is above the model's positions and was lowered"
-        );
+    for finding in prepared.findings.iter().filter(|f| f.severity == Severity::Warning) {
+        let remedy = finding.remedy.as_deref().unwrap_or_default();
+        eprintln!("warning  {}; {remedy}", finding.message);
     }
     eprintln!(
         "adapter  {} trained parameters, {} steps",

@@ -178,12 +178,23 @@ impl RunConfig {
         Self::parse(&read_text(path, "a run configuration in YAML")?, &path.display().to_string())
     }
 
-    /// Parses and validates `text`; `name` stands for the file in messages.
-    pub fn parse(text: &str, name: &str) -> Result<Self> {
+    /// As [`RunConfig::load`], with what is wrong with the values beside the configuration.
+    pub(crate) fn load_unchecked(path: &Path) -> Result<(Self, Result<()>)> {
+        let text = read_text(path, "a run configuration in YAML")?;
+        Self::parse_unchecked(&text, &path.display().to_string())
+    }
+
+    fn parse_unchecked(text: &str, name: &str) -> Result<(Self, Result<()>)> {
         let mut config = yaml::parse(text, name)?;
         config.train.settle();
-        config.validate().map_err(|message| config_error(name, message))?;
-        Ok(config)
+        let valid = config.validate().map_err(|message| config_error(name, message));
+        Ok((config, valid))
+    }
+
+    /// Parses and validates `text`; `name` stands for the file in messages.
+    pub fn parse(text: &str, name: &str) -> Result<Self> {
+        let (config, valid) = Self::parse_unchecked(text, name)?;
+        valid.map(|()| config)
     }
 
     /// The configuration as YAML, every default written out; [`RunConfig::parse`] reads it back.

@@ -6,6 +6,7 @@ pub mod config;
 pub mod data;
 pub mod demo;
 pub mod distill;
+pub mod doctor;
 pub mod error;
 pub mod generate;
 pub mod grow;

@@ -6,11 +6,11 @@
 
 use crate::batching::{entries, group_by_length};
 use crate::checkpoint::manifest::{Manifest, TrainedOn};
-use crate::checkpoint::{LoadedAdapter, Settings, load_adapter, save_adapter, save_model};
+use crate::checkpoint::{LoadedAdapter, Settings, save_adapter, save_model};
 use crate::config::{AdapterConfig, BalanceReduction, RunConfig, TrainConfig};
-use crate::data::{self, Dataset, Sample};
+use crate::data::{Dataset, Sample};
+use crate::doctor::{Examined, Finding, Subject, examine};
 use crate::error::{Error, Result};
-use crate::inject::{Adapters, config_error};
 use crate::learning_rates::rates as rates_of;
 use crate::memory;
 use crate::model::folder::ModelFolder;
@@ -23,8 +23,6 @@ use crate::run_folder::RunFolder;
 use crate::run_report;
 use crate::schedule::Schedule;
 use crate::selection::Selection;
-use crate::template::Template;
-use crate::tokenizer::Tokenizer;
 use rand::seq::SliceRandom;
 use serde::Serialize;
 use smore::adapter::{Noise, NoiseKey};
@@ -57,6 +55,8 @@ pub struct Prepared {
     pub cutoff_len: usize,
     /// Optimizer steps.
     pub total_steps: usize,
+    /// What was looked at before, and what is not as it could be.
+    pub findings: Vec<Finding>,
 }
 
 /// One line of `metrics.jsonl`.
@@ -162,29 +162,24 @@ impl Prepared {
     /// # Errors
     /// Anything that would make the run fail later and can be known now.
     pub fn new(config: RunConfig, name: &str) -> Result<Self> {
-        data::check_files(&config.data)?;
-        let scratch = matches!(&config.adapter, AdapterConfig::Full(f) if f.from_scratch);
-        let spec = DecoderSpec::read(&config.model.join("config.json"))?;
-        let tokenizer = Tokenizer::open(&config.model)?;
-        let template = Template::open(&config.model, &tokenizer)?;
-        let start = starting_adapter(&config, &spec, name)?;
-        let mut data_config = config.data.clone();
-        data_config.cutoff_len = data_config.cutoff_len.min(spec.max_positions);
-        let cutoff_len = data_config.cutoff_len;
-        let folder = if scratch { None } else { Some(ModelFolder::open(&config.model)?) };
-        let data = data::load(&data_config, config.train.seed, &tokenizer, &template)?;
-        if data.train.is_empty() {
-            return Err(config_error(name, "data.train holds no sample to train on".into()));
-        }
-        check_vocabulary(&spec, &tokenizer, &data, &config)?;
-        let rates = &config.train.router_lr_multiplier;
-        rates_of(&start.adapters, rates, 0).map_err(|m| config_error(name, m))?;
-        let lengths = lengths(&data.train);
-        let total_steps =
-            total_steps(&config.train, entries(&config.train, &lengths, cutoff_len).len());
-        check_evaluations(&config.train, &data, name)?;
+        let mut examined = examine(&Subject { name: name.to_owned(), ..Subject::from(&config) });
+        examined.accept()?;
+        let Examined {
+            spec: Some(spec),
+            start: Some(start),
+            data: Some(data),
+            folder,
+            findings,
+            ..
+        } = examined
+        else {
+            unreachable!("nothing is missing where nothing is wrong");
+        };
+        let cutoff_len = config.data.cutoff_len.min(spec.max_positions);
+        let entries = entries(&config.train, &lengths(&data.train), cutoff_len);
+        let total_steps = total_steps(&config.train, entries.len());
         let manifest = manifest(&config, &data)?;
-        Ok(Self { config, spec, folder, data, start, manifest, cutoff_len, total_steps })
+        Ok(Self { config, spec, folder, data, start, manifest, cutoff_len, total_steps, findings })
     }
 
     /// Number of trained parameters.
@@ -202,8 +197,9 @@ impl Prepared {
     /// # Errors
     /// A loss that is not a number, or a failed write.
     pub fn run(self, observer: &mut dyn Observer) -> Result<(Outcome, Model<Cpu<f32>>)> {
-        let Self { config, spec, folder, data, start, mut manifest, cutoff_len, total_steps } =
-            self;
+        let Self {
+            config, spec, folder, data, start, mut manifest, cutoff_len, total_steps, ..
+        } = self;
         let LoadedAdapter { settings, adapters, values } = start;
         let train = &config.train;
         let mut out = RunFolder::create(&config)?;
@@ -321,27 +317,6 @@ impl Prepared {
     }
 }
 
-fn check_vocabulary(
-    spec: &DecoderSpec,
-    tokenizer: &Tokenizer,
-    data: &Dataset,
-    config: &RunConfig,
-) -> Result<()> {
-    let largest = |samples: &[Sample]| samples.iter().flat_map(|s| &s.ids).max().copied();
-    match largest(&data.train).max(largest(&data.validation)) {
-        Some(id) if id as usize >= spec.vocabulary => Err(Error::Model {
-            file: config.model.join("tokenizer.json"),
-            message: format!(
-                "gives token {id} ({} in all), but config.json says vocab_size {}; the tokenizer \
-                 belongs to another model",
-                tokenizer.vocab_size(),
-                spec.vocabulary
-            ),
-        }),
-        _ => Ok(()),
-    }
-}
-
 fn due(step: usize, every: usize) -> bool {
     every > 0 && step.is_multiple_of(every)
 }
@@ -350,20 +325,8 @@ fn lengths(samples: &[Sample]) -> Vec<usize> {
     samples.iter().map(|sample| sample.ids.len()).collect()
 }
 
-/// What chooses among evaluations needs some.
-fn check_evaluations(train: &TrainConfig, data: &Dataset, name: &str) -> Result<()> {
-    let selects = train.early_stopping_patience.is_some() || train.load_best_model_at_end;
-    if selects && data.validation.is_empty() {
-        let message = "train.early_stopping_patience and train.load_best_model_at_end go by the \
-                       held-out loss, but nothing is held out; give data.validation a fraction or \
-                       a path";
-        return Err(config_error(name, message.into()));
-    }
-    Ok(())
-}
-
 /// Optimizer steps of a run over `entries` samples or packs of them.
-fn total_steps(train: &TrainConfig, entries: usize) -> usize {
+pub(crate) fn total_steps(train: &TrainConfig, entries: usize) -> usize {
     let window = train.per_device_train_batch_size * train.gradient_accumulation_steps;
     let per_epoch = entries.div_ceil(window);
     let by_epochs = (train.num_train_epochs * per_epoch as f64).ceil() as usize;
@@ -536,20 +499,6 @@ fn save(
     } else {
         save_adapter(path, settings, &model.adapters, &model.params, manifest)
     }
-}
-
-/// The adapter to train: as the config describes it, with its initial values, or as a folder has it.
-fn starting_adapter(config: &RunConfig, spec: &DecoderSpec, name: &str) -> Result<LoadedAdapter> {
-    let base = config.model.to_string_lossy().into_owned();
-    if let AdapterConfig::Saved(saved) = &config.adapter {
-        let mut loaded = load_adapter(&saved.path, spec)?;
-        loaded.settings.base = Some(base);
-        return Ok(loaded);
-    }
-    let adapters = Adapters::new(&config.adapter, spec).map_err(|m| config_error(name, m))?;
-    let values = adapters.init(config.train.seed);
-    let settings = Settings::new(config.adapter.clone(), &config.model);
-    Ok(LoadedAdapter { settings, adapters, values })
 }
 
 /// What is known about a run before it begins.

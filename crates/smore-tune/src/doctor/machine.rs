@@ -1,0 +1,200 @@
+//! Memory, disk and processor, against what a run takes.
+
+use super::{Area, Examined, Subject};
+use crate::batching::entries;
+use crate::config::{AdapterConfig, TrainConfig};
+use crate::inject::Adapters;
+use crate::memory;
+use crate::model::spec::DecoderSpec;
+use smore::adapter::{AnyAdapter, BlockAdapter};
+use std::path::Path;
+
+const MIB: f64 = (1 << 20) as f64;
+
+pub(super) fn check(subject: &Subject, examined: &mut Examined) {
+    processor(examined);
+    let (Some(train), Some(data)) = (&subject.train, &examined.data) else { return };
+    let (Some(spec), Some(start)) = (&examined.spec, &examined.start) else { return };
+    let full = matches!(subject.adapter, Some(AdapterConfig::Full(_)));
+    let trained = if full { parameters(spec) } else { start.adapters.len() };
+    let lengths: Vec<usize> = data.train.iter().map(|sample| sample.ids.len()).collect();
+    let cutoff_len = subject.data.as_ref().map_or(usize::MAX, |d| d.cutoff_len);
+    let capacity = cutoff_len.min(spec.max_positions);
+    let entries = entries(train, &lengths, capacity);
+    let batch = largest_batch(&entries, &lengths, train.per_device_train_batch_size);
+    let tokens = lengths.iter().sum();
+    let weights = examined.folder.as_ref().map_or(0, |folder| {
+        let narrow = |t: &smore_engine::HostMatrix| t.rows * t.cols * 2;
+        if full {
+            0
+        } else if train.bf16 {
+            folder.tensors().map(narrow).sum()
+        } else {
+            folder.bytes()
+        }
+    });
+    let needs = Needs { spec, adapters: &start.adapters, train, trained, weights, batch, tokens };
+    let (memory, steps) = (needs.memory(), crate::sft::total_steps(train, entries.len()));
+    let checkpoint = trained as u64 * 4;
+    let checkpoints = 1 + steps.checked_div(train.save_steps).unwrap_or(0) as u64;
+    memory_fits(examined, memory, batch);
+    if let Some(folder) = &subject.output_dir {
+        disk_fits(examined, folder, checkpoint, checkpoints);
+    }
+}
+
+fn processor(examined: &mut Examined) {
+    let threads = rayon::current_num_threads();
+    let cores = std::thread::available_parallelism().map_or(threads, std::num::NonZero::get);
+    if threads < cores {
+        examined.warn(
+            Area::Machine,
+            format!("{threads} threads on {cores} cores"),
+            "unset RAYON_NUM_THREADS, unless others use this machine",
+        );
+    }
+    match vector_unit() {
+        Some(unit) => examined.good(Area::Machine, format!("{threads} threads, {unit}")),
+        None => examined.warn(
+            Area::Machine,
+            "no vector unit that is made use of (AVX-512, AVX2 with FMA, NEON)",
+            "use a newer processor; training is several times slower here",
+        ),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn vector_unit() -> Option<&'static str> {
+    if is_x86_feature_detected!("avx512f") {
+        Some("AVX-512")
+    } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        Some("AVX2")
+    } else {
+        None
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn vector_unit() -> Option<&'static str> {
+    cfg!(target_arch = "aarch64").then_some("NEON")
+}
+
+fn parameters(spec: &DecoderSpec) -> usize {
+    spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+}
+
+/// Tokens of the largest forward pass that can come up.
+fn largest_batch(entries: &[Vec<usize>], lengths: &[usize], size: usize) -> usize {
+    let mut tokens: Vec<usize> =
+        entries.iter().map(|entry| entry.iter().map(|&i| lengths[i]).sum()).collect();
+    tokens.sort_unstable_by(|a, b| b.cmp(a));
+    tokens.iter().take(size).sum()
+}
+
+/// What a run's memory depends on.
+struct Needs<'a> {
+    spec: &'a DecoderSpec,
+    adapters: &'a Adapters,
+    train: &'a TrainConfig,
+    /// Trained parameters.
+    trained: usize,
+    /// Bytes of frozen weights.
+    weights: usize,
+    /// Tokens of the largest forward pass.
+    batch: usize,
+    /// Tokens of all samples.
+    tokens: usize,
+}
+
+impl Needs<'_> {
+    /// Bytes at the height of a training step, roughly.
+    fn memory(&self) -> u64 {
+        let spec = self.spec;
+        let (hidden, inner) = (spec.hidden, spec.intermediate);
+        let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
+        let lowest = if self.adapters.is_empty() { 0 } else { self.adapters.lowest_block() };
+        let trained_blocks = spec.blocks - lowest;
+        // Kept of a block: its input, middle, queries, keys, values, attention, gate and up.
+        let adapters = self.adapter_width() / trained_blocks.max(1);
+        let block = 2 * hidden + 2 * q + 2 * kv + spec.heads + 2 * inner + adapters;
+        let kept = if self.train.gradient_checkpointing {
+            trained_blocks * hidden + block
+        } else {
+            trained_blocks * block
+        };
+        // While a block is differentiated: slopes of the FFN, of attention, of the norms.
+        let at_work = 5 * hidden + 4 * inner + q + 2 * kv;
+        let per_token = kept + at_work;
+        // Values, gradients and two moments, and the best values where they are kept.
+        let copies = 4 + usize::from(self.train.load_best_model_at_end);
+        let floats = self.batch * per_token + self.trained * copies;
+        // Logits of some rows and slopes by them, a panel of widened weights, the program itself.
+        let fixed = (16 << 20) + 1024 * inner.max(hidden) * 4 + (24 << 20);
+        (floats * 4 + self.weights + self.tokens * 5 + fixed) as u64
+    }
+
+    /// What adapters keep of a token.
+    fn adapter_width(&self) -> usize {
+        let width = |adapter: &BlockAdapter| match adapter {
+            BlockAdapter::Map(AnyAdapter::Smore(a)) => 2 * a.spec.stack_width(),
+            BlockAdapter::Map(AnyAdapter::Lora(a)) => a.spec.rank,
+            BlockAdapter::Map(AnyAdapter::HydraLora(a)) => 2 * a.spec.stack_width(),
+            BlockAdapter::Ffn(a) => 2 * a.spec.stack_width(),
+        };
+        self.adapters.slots.iter().map(|slot| width(&slot.adapter)).sum()
+    }
+}
+
+fn memory_fits(examined: &mut Examined, needed: u64, batch: usize) {
+    let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / MIB);
+    let about = format!("a step of {batch} tokens takes about {}", mib(needed));
+    let Some((available, total)) = memory::of_machine() else {
+        return examined.good(Area::Machine, format!("{about}; what there is is not known"));
+    };
+    let message = format!("{about} of memory; {} are free of {}", mib(available), mib(total));
+    if needed <= available {
+        return examined.good(Area::Machine, message);
+    }
+    let remedy = "set train.gradient_checkpointing, or lower train.per_device_train_batch_size or \
+                  data.cutoff_len; train.bf16 halves weights stored as f32";
+    if needed > total {
+        let error = crate::error::Error::Config {
+            file: "the run does not fit into this machine".into(),
+            message: format!("{message}; {remedy}"),
+        };
+        return examined.fail(Area::Machine, error);
+    }
+    examined.warn(Area::Machine, message, remedy);
+}
+
+fn disk_fits(examined: &mut Examined, folder: &Path, checkpoint: u64, checkpoints: u64) {
+    let mib = |bytes: u64| format!("{:.1} MiB", bytes as f64 / MIB);
+    let Some(free) = free_bytes(folder) else { return };
+    let all = checkpoint * checkpoints;
+    let message = format!(
+        "{checkpoints} checkpoints of {} each; {} are free where {} will be",
+        mib(checkpoint),
+        mib(free),
+        folder.display()
+    );
+    if all <= free {
+        examined.good(Area::Machine, message);
+    } else {
+        let remedy = "free some space, raise train.save_steps, or choose another output_dir";
+        examined.warn(Area::Machine, message, remedy);
+    }
+}
+
+/// Bytes that a user may still write to the file system of the nearest folder that exists.
+#[cfg(unix)]
+fn free_bytes(folder: &Path) -> Option<u64> {
+    let absolute = std::path::absolute(folder).ok()?;
+    let exists = absolute.ancestors().find(|folder| folder.exists())?;
+    let stat = rustix::fs::statvfs(exists).ok()?;
+    Some(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+#[cfg(not(unix))]
+fn free_bytes(_: &Path) -> Option<u64> {
+    None
+}
