@@ -34,10 +34,10 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
         }
     });
     let needs = Needs { spec, adapters: &start.adapters, train, trained, weights, batch, tokens };
-    let (memory, steps) = (needs.memory(), crate::sft::total_steps(train, entries.len()));
+    let (needed, steps) = (needs.memory(), crate::sft::total_steps(train, entries.len()));
     let checkpoint = trained as u64 * 4;
     let checkpoints = 1 + steps.checked_div(train.save_steps).unwrap_or(0) as u64;
-    memory_fits(examined, memory, batch);
+    memory_fits(examined, needed, batch, memory::of_machine());
     if let Some(folder) = &subject.output_dir {
         disk_fits(examined, folder, checkpoint, checkpoints);
     }
@@ -145,10 +145,11 @@ impl Needs<'_> {
     }
 }
 
-fn memory_fits(examined: &mut Examined, needed: u64, batch: usize) {
+/// `machine` is what is free and what there is.
+fn memory_fits(examined: &mut Examined, needed: u64, batch: usize, machine: Option<(u64, u64)>) {
     let mib = |bytes: u64| format!("{:.0} MiB", bytes as f64 / MIB);
     let about = format!("a step of {batch} tokens takes about {}", mib(needed));
-    let Some((available, total)) = memory::of_machine() else {
+    let Some((available, total)) = machine else {
         return examined.good(Area::Machine, format!("{about}; what there is is not known"));
     };
     let message = format!("{about} of memory; {} are free of {}", mib(available), mib(total));
@@ -197,4 +198,43 @@ fn free_bytes(folder: &Path) -> Option<u64> {
 #[cfg(not(unix))]
 fn free_bytes(_: &Path) -> Option<u64> {
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Severity;
+    use super::*;
+
+    #[test]
+    fn memory_is_held_against_what_is_free_and_what_there_is() {
+        let cases = [(5, Severity::Good), (15, Severity::Warning), (25, Severity::Error)];
+        for (needed, severity) in cases {
+            let mut examined = Examined::default();
+            memory_fits(&mut examined, needed << 30, 64, Some((10 << 30, 20 << 30)));
+            let [finding] = &examined.findings[..] else { panic!("{:?}", examined.findings) };
+            assert_eq!(finding.severity, severity);
+            let free = "a step of 64 tokens takes about";
+            assert!(finding.message.contains(free) && finding.message.contains("10240 MiB"));
+            assert_eq!(examined.accept().is_err(), severity == Severity::Error);
+        }
+    }
+
+    #[test]
+    fn the_disk_must_hold_all_checkpoints() {
+        let dir = tempfile::tempdir().unwrap();
+        let Some(free) = free_bytes(&dir.path().join("not/yet/there")) else { return };
+        for (each, severity) in [(1, Severity::Good), (free, Severity::Warning)] {
+            let mut examined = Examined::default();
+            disk_fits(&mut examined, dir.path(), each, 3);
+            assert_eq!(examined.findings[0].severity, severity, "{:?}", examined.findings);
+        }
+    }
+
+    #[test]
+    fn the_largest_batch_is_of_the_longest_entries() {
+        let lengths = [3, 9, 4, 8];
+        let entries = [vec![0, 2], vec![1], vec![3]];
+        assert_eq!(largest_batch(&entries, &lengths, 2), 17);
+        assert_eq!(largest_batch(&entries, &lengths, 9), 24);
+    }
 }
