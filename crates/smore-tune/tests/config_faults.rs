@@ -28,13 +28,17 @@ fn train(keys: &str) -> Vec<u8> {
 
 /// Wrong in the configuration alone.
 const IN_THE_CONFIG: &[Fault] = &[
-    ("empty file", |_| Vec::new(), &["run.yaml", "expected"]),
-    ("only a comment", |_| b"# to do\n".to_vec(), &["run.yaml"]),
+    ("empty file", |_| Vec::new(), &["run.yaml: empty; expected keys"]),
+    ("only a comment", |_| b"# to do\n".to_vec(), &["run.yaml: empty"]),
     ("invalid UTF-8", |c| [c.as_bytes(), b"\xff\xfe"].concat(), &["not UTF-8 text"]),
-    ("UTF-16", |c| c.encode_utf16().flat_map(u16::to_le_bytes).collect(), &["run.yaml"]),
-    ("a list", |_| b"[1, 2]".to_vec(), &["run.yaml"]),
+    ("UTF-16", |c| c.encode_utf16().flat_map(u16::to_le_bytes).collect(), &["saved as UTF-8"]),
+    ("a list", |_| b"[1, 2]".to_vec(), &["run.yaml: line 1", "expected a mapping"]),
     ("JSON cut short", |_| b"{\"model\": \"m\", ".to_vec(), &["run.yaml", "line"]),
-    ("a tab in front", |c| text(c.replace("train: {l", "\ttrain: {l")), &["line 4"]),
+    (
+        "a tab in front",
+        |c| text(c.replace("train: {l", "\ttrain: {l")),
+        &["line 4", "tab; expected spaces"],
+    ),
     (
         "duplicate key",
         |c| text(format!("{c}model: other\n")),
@@ -56,7 +60,7 @@ const IN_THE_CONFIG: &[Fault] = &[
         &["line 5", "did you mean `output_dir`?"],
     ),
     ("wrong type", |_| train("learning_rate: fast"), &["line 4", "`fast`; expected a number"]),
-    ("a list for a number", |_| train("seed: [1]"), &["run.yaml", "line 4"]),
+    ("a list for a number", |_| train("seed: [1]"), &["line 4", "expected a single value"]),
     ("a number for a flag", |_| train("packing: 3"), &["line 4", "`3`; expected true or false"]),
     (
         "a fraction for a count",
@@ -377,6 +381,10 @@ fn refuses(name: &str, dir: &Path, expected: &[&str]) {
 fn the_good_configuration_is_accepted() {
     let dir = workplace();
     std::fs::write(dir.path().join("run.yaml"), CONFIG).unwrap();
+    assert_eq!(prepare(dir.path()).unwrap().total_steps, 1);
+    // A byte order mark and Windows' line ends do no harm.
+    let marked = format!("\u{feff}{CONFIG}").replace('\n', "\r\n");
+    std::fs::write(dir.path().join("run.yaml"), marked).unwrap();
     assert_eq!(prepare(dir.path()).unwrap().total_steps, 1);
 }
 

@@ -188,11 +188,22 @@ impl<'de, M: MapAccess<'de>> MapAccess<'de> for SkipKind<M> {
 
 /// Parses YAML; an unknown key gets its line and the nearest known key.
 pub(super) fn from_yaml<T: DeserializeOwned>(text: &str, name: &str) -> Result<T> {
+    let says = |line: &str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
+    if !text.lines().any(says) {
+        return Err(config_error(name, "empty; expected keys and values"));
+    }
+    if text.contains('\0') {
+        return Err(config_error(name, "holds NUL characters; expected YAML saved as UTF-8"));
+    }
     serde_saphyr::from_str(text).map_err(|error| {
         let error = error.without_snippet();
         let (mut place, mut got) = (String::new(), "");
         if let Some(at) = error.location().filter(|at| at.line() > 0) {
             place = format!("line {}, column {}: ", at.line(), at.column());
+            let line = text.lines().nth(at.line() as usize - 1).unwrap_or_default();
+            if line[..line.len() - line.trim_start().len()].contains('\t') {
+                return config_error(name, format!("{place}indented by a tab; expected spaces"));
+            }
             got = value_at(text, at.line() as usize - 1, (at.column() as usize).saturating_sub(1));
         }
         config_error(name, format!("{place}{}", describe(error, got)))
@@ -237,7 +248,13 @@ fn describe(error: &serde_saphyr::Error, got: &str) -> String {
         other => {
             let text = other.to_string();
             let place = text.rfind(" at line ").unwrap_or(text.len());
-            text[..place].to_owned()
+            match &text[..place] {
+                "expected mapping start" => "expected a mapping, that is lines `key: value`".into(),
+                "expected string scalar" => {
+                    "expected a single value, found a list or a mapping".into()
+                }
+                other => other.to_owned(),
+            }
         }
     }
 }

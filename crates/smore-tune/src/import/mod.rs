@@ -81,9 +81,6 @@ pub fn import(path: &Path) -> Result<Imported> {
 pub fn parse(text: &str, name: &str, folder: &Path) -> Result<Imported> {
     let bad = |message: String| Error::Config { file: name.to_owned(), message };
     let given: Section = crate::config::mapping(text, name)?;
-    if given.is_empty() {
-        return Err(bad("empty; expected keys such as model_name_or_path".into()));
-    }
     if given.contains_key("adapter") && given.contains_key("output_dir") {
         return Err(
             bad("this is a configuration of smore already; run `smore train` on it".into()),
