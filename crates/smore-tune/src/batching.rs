@@ -27,13 +27,11 @@ fn packs(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
     let mut open: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
     for i in order {
         let room = open.range(lengths[i]..).next().map(|(&room, _)| room);
-        let (pack, room) = match room.and_then(|room| Some((open.get_mut(&room)?.pop()?, room))) {
-            Some(found) => found,
-            None => {
-                packs.push(Vec::new());
-                (packs.len() - 1, capacity)
-            }
-        };
+        let found = room.and_then(|room| Some((open.get_mut(&room)?.pop()?, room)));
+        let (pack, room) = found.unwrap_or_else(|| {
+            packs.push(Vec::new());
+            (packs.len() - 1, capacity)
+        });
         if open.get(&room).is_some_and(Vec::is_empty) {
             open.remove(&room);
         }

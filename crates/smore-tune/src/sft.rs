@@ -11,6 +11,7 @@ use crate::config::{AdapterConfig, BalanceReduction, RunConfig, TrainConfig};
 use crate::data::{Dataset, Sample};
 use crate::doctor::{Examined, Finding, Subject, examine};
 use crate::error::{Error, Result};
+use crate::inject::Adapters;
 use crate::learning_rates::rates as rates_of;
 use crate::memory;
 use crate::model::folder::ModelFolder;
@@ -203,25 +204,8 @@ impl Prepared {
         let LoadedAdapter { settings, adapters, values } = start;
         let train = &config.train;
         let mut out = RunFolder::create(&config)?;
-        let device = Cpu::new();
-        let folder = if train.bf16 { folder.map(ModelFolder::in_bf16) } else { folder };
-        let mut model = if matches!(config.adapter, AdapterConfig::Full(_)) {
-            let values = match &folder {
-                Some(folder) => read_all(folder),
-                None => from_scratch(&spec, train.seed),
-            };
-            Model::full(device, spec, &values, cutoff_len)
-        } else {
-            let Some(folder) = &folder else {
-                return Err(Error::Run("an adapter needs a base with weights".into()));
-            };
-            Model::new(device, folder, adapters, &values, cutoff_len)
-        };
-        drop(folder);
-        model.gradient_checkpointing = train.gradient_checkpointing;
-        model.dropout = train.lora_dropout;
-        model.label_smoothing = train.label_smoothing_factor;
-
+        let base = (spec, folder);
+        let mut model = build_model(&config, base, adapters, &values, cutoff_len)?;
         let schedule = Schedule::new(train, total_steps);
         let rates = rates_of(&model.adapters, &train.router_lr_multiplier, model.trained());
         let mut optimizer = Optimizer::with_rates(&model, rates.map_err(Error::Run)?);
@@ -315,6 +299,34 @@ impl Prepared {
         run_report::report(&outcome).write(&outcome.output_dir.join("report.html"))?;
         Ok((outcome, model))
     }
+}
+
+/// The model to train: the base's weights, the adapters on them, what the recipe says of a step.
+fn build_model(
+    config: &RunConfig,
+    (spec, folder): (DecoderSpec, Option<ModelFolder>),
+    adapters: Adapters,
+    values: &[f32],
+    cutoff_len: usize,
+) -> Result<Model<Cpu<f32>>> {
+    let (device, train) = (Cpu::new(), &config.train);
+    let folder = if train.bf16 { folder.map(ModelFolder::in_bf16) } else { folder };
+    let mut model = if matches!(config.adapter, AdapterConfig::Full(_)) {
+        let values = match &folder {
+            Some(folder) => read_all(folder),
+            None => from_scratch(&spec, train.seed),
+        };
+        Model::full(device, spec, &values, cutoff_len)
+    } else {
+        let Some(folder) = &folder else {
+            return Err(Error::Run("an adapter needs a base with weights".into()));
+        };
+        Model::new(device, folder, adapters, values, cutoff_len)
+    };
+    model.gradient_checkpointing = train.gradient_checkpointing;
+    model.dropout = train.lora_dropout;
+    model.label_smoothing = train.label_smoothing_factor;
+    Ok(model)
 }
 
 fn due(step: usize, every: usize) -> bool {

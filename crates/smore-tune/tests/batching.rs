@@ -55,7 +55,9 @@ fn samples() -> Vec<(Vec<u32>, Vec<bool>)> {
 
 fn batch(samples: &[(Vec<u32>, Vec<bool>)]) -> Batch {
     let mut batch = Batch::default();
-    samples.iter().for_each(|(ids, trained)| batch.push(ids, trained));
+    for (ids, trained) in samples {
+        batch.push(ids, trained);
+    }
     batch
 }
 

@@ -109,9 +109,13 @@ fn softmax_nll<T: Float>(
         let spread = T::from_f64(scale * label_smoothing / row.len() as f64);
         simd(|| {
             if label_smoothing > 0.0 {
-                row.iter_mut().for_each(|x| *x = *x * factor - spread);
+                for x in row.iter_mut() {
+                    *x = *x * factor - spread;
+                }
             } else {
-                row.iter_mut().for_each(|x| *x *= factor);
+                for x in row.iter_mut() {
+                    *x *= factor;
+                }
             }
         });
         row[target] -= T::from_f64(scale * (1.0 - label_smoothing));

@@ -9,6 +9,7 @@ use std::fmt;
 /// The `train:` section.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
+#[allow(clippy::struct_excessive_bools, reason = "keys that a user switches on one by one")]
 pub struct TrainConfig {
     /// Highest learning rate of the schedule.
     pub learning_rate: f64,

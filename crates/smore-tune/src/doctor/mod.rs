@@ -114,7 +114,7 @@ impl From<&RunConfig> for Subject {
 
 impl Subject {
     /// True where the weights are drawn anew.
-    fn from_scratch(&self) -> bool {
+    fn draws_weights(&self) -> bool {
         matches!(&self.adapter, Some(AdapterConfig::Full(full)) if full.from_scratch)
     }
 

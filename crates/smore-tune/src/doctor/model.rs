@@ -19,7 +19,7 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
     }
     let Some(spec) = &examined.spec else { return };
     let family = spec.family.name();
-    if subject.from_scratch() {
+    if subject.draws_weights() {
         let message = format!("{family} of {} blocks, to be drawn anew", spec.blocks);
         return examined.good(Area::Model, message);
     }

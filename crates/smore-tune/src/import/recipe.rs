@@ -130,11 +130,11 @@ fn evaluation(source: &mut Source, train: &mut Section) -> Made<()> {
         }
     };
     train.insert("eval_steps".into(), steps);
-    if let Some(metric) = source.text("metric_for_best_model") {
-        if !["loss", "eval_loss"].contains(&metric.as_str()) {
-            let reason = "the best checkpoint is that of the lowest held-out loss";
-            source.note("metric_for_best_model", json!(metric), reason);
-        }
+    if let Some(metric) = source.text("metric_for_best_model")
+        && !["loss", "eval_loss"].contains(&metric.as_str())
+    {
+        let reason = "the best checkpoint is that of the lowest held-out loss";
+        source.note("metric_for_best_model", json!(metric), reason);
     }
     source.pass(&["greater_is_better", "per_device_eval_batch_size", "plot_loss", "logging_dir"]);
     Ok(())
