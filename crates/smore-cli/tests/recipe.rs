@@ -138,6 +138,9 @@ fn dropout_is_the_same_with_checkpointing_and_any_threads() {
         write_data(folder);
         let mut run = smore(folder, &["train", &format!("{name}.yaml")]);
         run.env("RAYON_NUM_THREADS", threads).assert().success();
+        let settings = folder.join(name).join("adapter/adapter_config.json");
+        let settings: Value = serde_json::from_slice(&std::fs::read(settings).unwrap()).unwrap();
+        assert_eq!(settings["moe_dropout"], 0.3);
         all.push((adapter(folder, &format!("{name}/adapter")), metrics(folder, name, "loss")));
     }
     assert!(all[0] == all[1]);

@@ -45,6 +45,8 @@ pub struct Settings {
     pub base: Option<String>,
     /// Where the tensors are those of a flat mixture that becomes a S'MoRE.
     pub mixture: Option<FlatMixture>,
+    /// Share of the adapter's input that was dropped in training. It has no part in its function.
+    pub dropout: f64,
     /// The activation that MixLoRA's experts were trained with, if the folder says so.
     pub activation: Option<String>,
 }
@@ -133,7 +135,7 @@ impl Settings {
             AdapterConfig::Smore(c) => vec![c.gate.router_width; c.layers.len()],
             _ => vec![],
         };
-        Self { config, router_widths, base, mixture: None, activation: None }
+        Self { config, router_widths, base, mixture: None, dropout: 0.0, activation: None }
     }
 
     /// The base model it names, if it is here: relative to the current directory or to the

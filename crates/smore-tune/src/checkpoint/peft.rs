@@ -24,6 +24,13 @@ pub(super) fn to_json(settings: &Settings) -> String {
         AdapterConfig::MixLora(c) => moe_peft::mix_lora_keys(c),
         AdapterConfig::Saved(_) | AdapterConfig::Full(_) => json!({}),
     };
+    if settings.dropout > 0.0 {
+        for key in ["/lora_dropout", "/moe_dropout", "/expert_lora/lora_dropout"] {
+            if let Some(rate) = keys.pointer_mut(key) {
+                *rate = json!(settings.dropout);
+            }
+        }
+    }
     let common = json!({
         "auto_mapping": null,
         "base_model_name_or_path": settings.base,
@@ -127,6 +134,7 @@ pub(super) fn from_json(text: &str) -> Reading<Settings> {
         router_widths: vec![],
         base: optional(keys, "base_model_name_or_path")?,
         mixture: None,
+        dropout: optional(keys, "lora_dropout")?.or(optional(keys, "moe_dropout")?).unwrap_or(0.0),
         activation: None,
     };
     settings.config = match keys.get("peft_type").and_then(Value::as_str) {

@@ -48,15 +48,17 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
 
 /// The adapter to train: as the config describes it, with its initial values, or as a folder has it.
 fn start(subject: &Subject, config: &AdapterConfig, spec: &DecoderSpec) -> Result<LoadedAdapter> {
+    let dropout = subject.train.as_ref().map_or(0.0, |train| train.lora_dropout);
     let base = subject.model.to_string_lossy().into_owned();
     if let AdapterConfig::Saved(saved) = config {
         let mut loaded = load_adapter(&saved.path, spec)?;
         loaded.settings.base = Some(base);
+        loaded.settings.dropout = dropout;
         return Ok(loaded);
     }
     let adapters = Adapters::new(config, spec)
         .map_err(|message| Error::Config { file: subject.name.clone(), message })?;
     let values = adapters.init(subject.seed());
-    let settings = Settings::new(config.clone(), &subject.model);
+    let settings = Settings { dropout, ..Settings::new(config.clone(), &subject.model) };
     Ok(LoadedAdapter { settings, adapters, values })
 }
