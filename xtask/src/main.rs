@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::Instant;
 
 /// Checks, tests and builds of this workspace.
-#[derive(Parser, Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Parser, Clone, PartialEq, Eq, Debug)]
 #[command(name = "cargo xtask")]
 enum Task {
     /// Everything CI does, cheapest first
@@ -36,6 +36,13 @@ enum Task {
     /// Adapters to and from PEFT and other Python packages; not in `ci`, since it installs
     /// gigabytes of torch (or takes the Python that SMORE_PYTHON names)
     Ecosystem,
+    /// Speed and memory as ratios, against PyTorch with `--peer`: `cargo xtask bench --help`
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// Handed on to the program in bench/
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
 }
 
 const CI: [Task; 7] =
@@ -54,7 +61,7 @@ fn ci() -> Result<()> {
     for task in CI {
         println!("\n=== {task:?}");
         let start = Instant::now();
-        let result = run(task);
+        let result = run(task.clone());
         let seconds = start.elapsed().as_secs_f64();
         let verdict = if result.is_ok() { "passed" } else { "failed" };
         println!("=== {task:?} {verdict} in {seconds:.1} s");
@@ -81,6 +88,11 @@ fn run(task: Task) -> Result<()> {
         Task::Demo => demo(),
         Task::DemoBase => demo_base(),
         Task::Ecosystem => ecosystem::ecosystem(),
+        Task::Bench { args } => {
+            let mut all = vec!["run", "--quiet", "--release", "--package", "smore-bench", "--"];
+            all.extend(args.iter().map(String::as_str));
+            cargo(&all, &[])
+        }
     }
 }
 

@@ -16,7 +16,7 @@ mod learning_rates;
 pub mod memory;
 pub mod merge;
 pub mod model;
-mod optimizer;
+pub mod optimizer;
 pub mod report;
 pub mod routing;
 pub mod run_folder;

@@ -7,9 +7,9 @@ use crate::model::Model;
 use smore_engine::{AdamW, Cpu, Device, View, ViewMut};
 
 /// Gradients and moments, laid out like the parameters.
-pub(crate) struct Optimizer {
+pub struct Optimizer {
     /// What the next step follows.
-    pub(crate) grads: Vec<f32>,
+    pub grads: Vec<f32>,
     m: Vec<f32>,
     v: Vec<f32>,
     rates: Rates,
@@ -17,12 +17,12 @@ pub(crate) struct Optimizer {
 
 impl Optimizer {
     /// No gradient yet, no past.
-    pub(crate) fn new(model: &Model<Cpu<f32>>) -> Self {
+    pub fn new(model: &Model<Cpu<f32>>) -> Self {
         Self::with_rates(model, vec![(0..model.trained(), 1.0)])
     }
 
     /// As [`Optimizer::new`], with a factor on the learning rate of some parameters.
-    pub(crate) fn with_rates(model: &Model<Cpu<f32>>, rates: Rates) -> Self {
+    pub fn with_rates(model: &Model<Cpu<f32>>, rates: Rates) -> Self {
         let zeros = || vec![0.0; model.trained()];
         Self { grads: zeros(), m: zeros(), v: zeros(), rates }
     }
@@ -32,7 +32,7 @@ impl Optimizer {
     ///
     /// # Errors
     /// If the norm is not a number.
-    pub(crate) fn step(
+    pub fn step(
         &mut self,
         model: &mut Model<Cpu<f32>>,
         train: &TrainConfig,

@@ -1,0 +1,40 @@
+//! The benchmarks: `cargo xtask bench --help`.
+//!
+//! Every number is a median over runs that alternate with what they are compared to, in one call
+//! on one machine. Ratios are what to keep; times alone depend on the machine's mood.
+
+// Its output is its purpose.
+#![allow(clippy::print_stdout, clippy::print_stderr)]
+
+mod case;
+mod random;
+mod suite;
+mod work;
+mod worker;
+
+use anyhow::Result;
+use clap::Parser;
+
+/// Speed and memory of the layer, the training step and decoding, as ratios.
+#[derive(Parser, Debug)]
+#[command(name = "cargo xtask bench")]
+pub(crate) struct Args {
+    /// Fewer runs, and no model with a billion weights
+    #[arg(long)]
+    quick: bool,
+    /// End with one JSON line
+    #[arg(long)]
+    json: bool,
+    /// Do the same work in PyTorch, by turns: `python`, or the path of one that has torch,
+    /// transformers and peft (`bench/peer/requirements.txt`)
+    #[arg(long)]
+    peer: Option<String>,
+    /// Do the work that comes in on the standard input
+    #[arg(long, hide = true)]
+    worker: bool,
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    if args.worker { work::serve() } else { suite::run(&args) }
+}

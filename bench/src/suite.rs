@@ -1,0 +1,310 @@
+//! What is compared with what, and how it is told.
+
+use crate::Args;
+use crate::case::{Adapter, Case, Precision, Shape, Step, ffn};
+use crate::worker::Worker;
+use anyhow::Result;
+use serde_json::{Value, json};
+use std::time::Instant;
+
+/// Runs of one worker end once they took this long, the first not counted.
+const SECONDS_EACH: f64 = 90.0;
+
+/// What a worker came to.
+struct Measured {
+    /// Median of its runs.
+    seconds: f64,
+    peak: f64,
+    /// Peak beyond what was resident before the first run.
+    beyond: f64,
+}
+
+/// Runs the workers by turns, A B A B, `rounds` times after a first round that is not counted. A
+/// worker so slow that one run exceeds its time has that run counted.
+fn by_turns(mut workers: Vec<Worker>, rounds: usize) -> Result<Vec<Measured>> {
+    let mut times = vec![Vec::new(); workers.len()];
+    for round in 0..=rounds {
+        for (worker, times) in workers.iter_mut().zip(&mut times) {
+            let spent: f64 = times.iter().sum();
+            if spent > SECONDS_EACH {
+                continue;
+            }
+            let seconds = worker.run()?;
+            if round > 0 || seconds > SECONDS_EACH / 3.0 {
+                times.push(seconds);
+            }
+        }
+    }
+    let mut all = Vec::new();
+    for (worker, mut times) in workers.into_iter().zip(times) {
+        times.sort_by(f64::total_cmp);
+        let end = worker.end()?;
+        let peak = end["peak_memory_bytes"].as_f64().unwrap_or(f64::NAN);
+        let prepared = end["prepared_memory_bytes"].as_f64().unwrap_or(f64::NAN);
+        all.push(Measured { seconds: times[times.len() / 2], peak, beyond: peak - prepared });
+    }
+    Ok(all)
+}
+
+/// The suite while it runs.
+struct Suite<'a> {
+    args: &'a Args,
+    rounds: usize,
+    threads: usize,
+    /// GFLOP/s of the frozen product with weights in f32 and in bf16.
+    ceiling: [f64; 2],
+    ratios: serde_json::Map<String, Value>,
+    figures: serde_json::Map<String, Value>,
+}
+
+/// Runs everything and prints it.
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let start = Instant::now();
+    let threads = std::thread::available_parallelism()?.get();
+    let rounds = if args.quick { 5 } else { 9 };
+    let mut suite = Suite {
+        args,
+        rounds,
+        threads,
+        ceiling: [f64::NAN; 2],
+        ratios: serde_json::Map::new(),
+        figures: serde_json::Map::new(),
+    };
+    println!("{threads} threads, medians of {rounds} runs by turns");
+    suite.gemm()?;
+    suite.layer()?;
+    suite.training_steps()?;
+    suite.length()?;
+    if !args.quick {
+        suite.billion()?;
+        suite.decode()?;
+    }
+    println!("\n{:.0} s in all", start.elapsed().as_secs_f64());
+    if args.json {
+        let Suite { ratios, figures, .. } = suite;
+        let record = json!({
+            "version": env!("CARGO_PKG_VERSION"), "quick": args.quick, "threads": threads,
+            "ratios": ratios, "figures": figures,
+        });
+        println!("{record}");
+    }
+    Ok(())
+}
+
+impl Suite<'_> {
+    fn peer(&self, case: &Case) -> Result<Option<Worker>> {
+        self.args
+            .peer
+            .as_deref()
+            .map(|name| {
+                let python = if name == "python" { "python3" } else { name };
+                Worker::peer(python, case)
+            })
+            .transpose()
+    }
+
+    /// Ours and, where asked for, the peer's.
+    fn with_peer(&self, case: &Case) -> Result<(Measured, Option<Measured>)> {
+        let mut workers = vec![Worker::ours(case)?];
+        workers.extend(self.peer(case)?);
+        let mut all = by_turns(workers, self.rounds)?.into_iter();
+        let ours = all.next().unwrap_or(Measured { seconds: f64::NAN, peak: 0.0, beyond: 0.0 });
+        Ok((ours, all.next()))
+    }
+
+    fn ratio(&mut self, name: &str, value: Option<f64>) {
+        self.ratios.insert(name.into(), json!(value));
+    }
+
+    fn figure(&mut self, name: &str, value: f64) {
+        self.figures.insert(name.into(), json!(value));
+    }
+
+    fn gemm(&mut self) -> Result<()> {
+        println!("\nFrozen product, 512 x 2048 x 8192");
+        let flops = 2.0 * 512.0 * 2048.0 * 8192.0;
+        let both = [(Precision::Float32, "f32"), (Precision::Bfloat16, "bf16")];
+        for (i, (dtype, name)) in both.into_iter().enumerate() {
+            let case = Case::Gemm { dtype, m: 512, n: 8192, k: 2048, threads: self.threads };
+            let (ours, peer) = self.with_peer(&case)?;
+            let rate = |m: &Measured| flops / m.seconds / 1e9;
+            self.ceiling[i] = rate(&ours);
+            println!("  {name:5} {:7.1} GFLOP/s", rate(&ours));
+            self.figure(&format!("gemm_{name}_gflops"), rate(&ours));
+            if let Some(peer) = &peer {
+                let ratio = rate(&ours) / rate(peer);
+                println!(
+                    "  {:5} {:7.1} GFLOP/s in PyTorch: {ratio:.2} of its speed",
+                    "",
+                    rate(peer)
+                );
+            }
+            let ratio = peer.map(|peer| peer.seconds / ours.seconds);
+            self.ratio(&format!("gemm_{name}_to_peer"), ratio);
+        }
+        Ok(())
+    }
+
+    fn layer(&mut self) -> Result<()> {
+        let (tokens, d_in, d_out) = (1024, 2048, 8192);
+        println!("\nLayer, forward and backward, {tokens} tokens, {d_in} -> {d_out}, f32");
+        let workers = [Adapter::None, Adapter::Lora(128), Adapter::Smore].map(|adapter| {
+            let dtype = Precision::Float32;
+            Worker::ours(&Case::Layer { adapter, dtype, tokens, d_in, d_out })
+        });
+        let workers = workers.into_iter().collect::<Result<Vec<_>>>()?;
+        let all = by_turns(workers, 2 * self.rounds)?;
+        let flops = 4.0 * (tokens * d_in * d_out) as f64;
+        for (m, name) in all.iter().zip(["frozen linear", "with LoRA of rank 128", "with S'MoRE"]) {
+            println!(
+                "  {name:22} {:7.1} ms, {:4.2} x the linear, linear at {:5.1}% of the ceiling",
+                m.seconds * 1e3,
+                m.seconds / all[0].seconds,
+                flops / m.seconds / 1e7 / self.ceiling[0]
+            );
+        }
+        let bytes = (all[2].beyond - all[0].beyond) / tokens as f64;
+        println!("  S'MoRE's memory beyond the linear's: {bytes:.0} bytes a token");
+        self.figure("smore_layer_bytes_per_token", bytes);
+        self.ratio("smore_to_lora_same_rank", Some(all[2].seconds / all[1].seconds));
+        self.ratio("smore_plus_linear_to_linear", Some(all[2].seconds / all[0].seconds));
+        Ok(())
+    }
+
+    fn step_case(&self, adapter: Adapter, dtype: Precision, lora_rank: usize) -> Step {
+        Step {
+            shape: Shape::PILOT,
+            adapter,
+            dtype,
+            batch: 4,
+            length: 256,
+            gradient_checkpointing: false,
+            lora_rank,
+            targets: ffn(),
+            threads: self.threads,
+        }
+    }
+
+    /// Ours with weights in bf16 against PyTorch in f32 and in bf16.
+    fn training_steps(&mut self) -> Result<()> {
+        println!("\nTraining step, Llama of width 512, 4 x 256 tokens");
+        for (adapter, rank, name) in
+            [(Adapter::Lora(16), 16, "LoRA of rank 16"), (Adapter::Smore, 128, "S'MoRE 4-4 r 16")]
+        {
+            let bf16 = Precision::Bfloat16;
+            let mut workers = vec![Worker::ours(&Case::Step(self.step_case(adapter, bf16, rank)))?];
+            for dtype in [Precision::Float32, bf16] {
+                workers.extend(self.peer(&Case::Step(self.step_case(adapter, dtype, rank)))?);
+            }
+            let all = by_turns(workers, self.rounds)?;
+            let tokens = 1024.0;
+            let ours = &all[0];
+            // Forward, and backward to the input alone.
+            let ideal = 4.0 * Shape::PILOT.linear_weights() as f64 / self.ceiling[1] / 1e9;
+            println!(
+                "  {name:16} {:6.0} tokens/s, {:.0} MB; {:.0} us a token, of which the frozen \
+                 products at the ceiling {:.0}",
+                tokens / ours.seconds,
+                ours.peak / 1e6,
+                ours.seconds / tokens * 1e6,
+                ideal * 1e6
+            );
+            for (m, dtype) in all[1..].iter().zip(["f32", "bf16"]) {
+                println!(
+                    "  {:16} {:6.0} tokens/s, {:.0} MB in PyTorch {dtype}, LoRA of rank {rank}: \
+                     ours {:.2} of its speed, {:.2} of its memory",
+                    "",
+                    tokens / m.seconds,
+                    m.peak / 1e6,
+                    m.seconds / ours.seconds,
+                    ours.peak / m.peak
+                );
+            }
+            let suffix = if adapter == Adapter::Smore { "_smore" } else { "" };
+            self.figure(&format!("train_step_tokens_per_s{suffix}"), tokens / ours.seconds);
+            self.figure(&format!("train_step_peak_bytes{suffix}"), ours.peak);
+            let speed = |i: usize| all.get(i).map(|m| m.seconds / ours.seconds);
+            let least = all[1..].iter().map(|m| m.peak).reduce(f64::min);
+            let (f32_speed, bf16_speed) = (speed(1), speed(2));
+            self.ratio(&format!("train_step_f32_to_peer{suffix}"), f32_speed);
+            self.ratio(&format!("train_step_bf16_to_peer{suffix}"), bf16_speed);
+            self.ratio(&format!("peak_memory_to_peer{suffix}"), least.map(|m| ours.peak / m));
+        }
+        Ok(())
+    }
+
+    /// Memory against the length of a sequence.
+    fn length(&mut self) -> Result<()> {
+        println!("\nOne sequence, Llama of width 512 with S'MoRE");
+        let mut beyond = Vec::new();
+        for length in [1024, 2048, 4096] {
+            let mut step = self.step_case(Adapter::Smore, Precision::Bfloat16, 128);
+            (step.batch, step.length) = (1, length);
+            let m = by_turns(vec![Worker::ours(&Case::Step(step))?], 1)?.remove(0);
+            println!(
+                "  {length:5} tokens {:6.0} MB beyond the weights, {:.2} s",
+                m.beyond / 1e6,
+                m.seconds
+            );
+            beyond.push(m.beyond);
+        }
+        // 1 if the second doubling costs twice the first, as a line does.
+        let linear = (beyond[2] - beyond[1]) / (2.0 * (beyond[1] - beyond[0]));
+        println!("  growth from 2048 to 4096 over twice that from 1024 to 2048: {linear:.2}");
+        self.ratio("memory_growth_4096_to_linear", Some(linear));
+        Ok(())
+    }
+
+    fn billion(&mut self) -> Result<()> {
+        println!("\nTraining step, shapes of Llama-3.2-1B, 8 x 256 tokens, S'MoRE, recomputing");
+        let step = Step {
+            shape: Shape::LLAMA_1B,
+            batch: 8,
+            gradient_checkpointing: true,
+            ..self.step_case(Adapter::Smore, Precision::Bfloat16, 128)
+        };
+        let m = by_turns(vec![Worker::ours(&Case::Step(step))?], 3)?.remove(0);
+        let tokens = 2048.0;
+        let (all, head) = (Shape::LLAMA_1B.linear_weights(), 128_256 * 2048);
+        // Forward twice below the head, whose loss is not computed again, and backward.
+        let flops = tokens * (6.0 * (all - head) as f64 + 4.0 * head as f64);
+        let share = flops / m.seconds / 1e9 / self.ceiling[1];
+        println!(
+            "  {:.1} tokens/s, {:.2} GiB, frozen products at {:.0}% of the ceiling",
+            tokens / m.seconds,
+            m.peak / (1u64 << 30) as f64,
+            share * 100.0
+        );
+        self.figure("llama_1b_peak_bytes", m.peak);
+        self.ratio("llama_1b_step_to_gemm_ceiling", Some(share));
+        Ok(())
+    }
+
+    fn decode(&mut self) -> Result<()> {
+        println!("\nGreedy decoding, shapes of Llama-3.2-1B, weights in bf16");
+        let (shape, tokens) = (Shape::LLAMA_1B, 8);
+        let cases = [
+            Case::Bandwidth { bytes: 1 << 30 },
+            Case::Decode { shape, adapter: Adapter::None, tokens },
+            Case::Decode { shape, adapter: Adapter::Smore, tokens },
+        ];
+        let workers = cases.iter().map(Worker::ours).collect::<Result<Vec<_>>>()?;
+        let all = by_turns(workers, self.rounds)?;
+        let bandwidth = (1u64 << 30) as f64 / all[0].seconds;
+        let bound = 2.0 * shape.linear_weights() as f64 / bandwidth;
+        let each = |i: usize| all[i].seconds / tokens as f64;
+        println!(
+            "  {:.1} GB/s; bound {:.1} ms a token; base {:.1} ms, {:.0}% of the bound; S'MoRE \
+             {:.1} ms, {:.2} x the base",
+            bandwidth / 1e9,
+            bound * 1e3,
+            each(1) * 1e3,
+            bound / each(1) * 100.0,
+            each(2) * 1e3,
+            each(2) / each(1)
+        );
+        self.ratio("decode_to_bandwidth_bound", Some(bound / each(1)));
+        self.ratio("smore_decode_to_base", Some(each(2) / each(1)));
+        Ok(())
+    }
+}

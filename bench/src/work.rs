@@ -1,0 +1,184 @@
+//! The worker's side: builds a case, does it as often as asked.
+
+use crate::case::{Adapter, Case, Precision, Shape, Step};
+use crate::random::{floats, write_model};
+use anyhow::{Context, Result};
+use rayon::prelude::*;
+use serde_json::{Value, json};
+use smore::adapter::{Adapter as _, AnyAdapter, AnySaved, Lora, MapAdapter, Mode, Smore};
+use smore::spec::{LoraSpec, SmoreSpec};
+use smore_engine::{Cpu, Device, HostMatrix, MatrixRef, View, ViewMut};
+use smore_tune::config::{AdapterConfig, TrainConfig};
+use smore_tune::inject::Adapters;
+use smore_tune::memory;
+use smore_tune::model::folder::ModelFolder;
+use smore_tune::model::{Batch, Model, Scales};
+use smore_tune::optimizer::Optimizer;
+use std::io::{BufRead, Write};
+use std::time::Instant;
+
+/// The work of a prepared case, to be done once per call.
+type Work = Box<dyn FnMut() -> Result<()>>;
+
+/// Answers requests until the input ends.
+pub(crate) fn serve() -> Result<()> {
+    let mut work: Option<Work> = None;
+    let mut prepared = 0;
+    let mut out = std::io::stdout();
+    for line in std::io::stdin().lock().lines() {
+        let request: Value = serde_json::from_str(&line?)?;
+        let answer = if let Some(case) = request.get("prepare") {
+            work = Some(prepare(&serde_json::from_value(case.clone())?)?);
+            prepared = memory::resident();
+            memory::reset_peak();
+            json!({ "ready": true })
+        } else {
+            let start = Instant::now();
+            work.as_mut().context("nothing prepared")?()?;
+            json!({ "seconds": start.elapsed().as_secs_f64() })
+        };
+        writeln!(out, "{answer}")?;
+        out.flush()?;
+    }
+    let peak = memory::peak();
+    writeln!(out, "{}", json!({ "peak_memory_bytes": peak, "prepared_memory_bytes": prepared }))?;
+    Ok(())
+}
+
+fn prepare(case: &Case) -> Result<Work> {
+    match case {
+        Case::Gemm { dtype, m, n, k, .. } => Ok(gemm(*dtype, *m, *n, *k)),
+        Case::Layer { adapter, dtype, tokens, d_in, d_out } => {
+            layer(*adapter, *dtype, *tokens, *d_in, *d_out)
+        }
+        Case::Step(step) => training_step(step),
+        Case::Decode { shape, adapter, tokens } => decode(shape, *adapter, *tokens),
+        Case::Bandwidth { bytes } => Ok(bandwidth(*bytes)),
+    }
+}
+
+fn weight(dtype: Precision, rows: usize, cols: usize) -> HostMatrix {
+    let host = HostMatrix::from_f32(rows, cols, &floats(rows * cols, 1));
+    if dtype == Precision::Bfloat16 { host.to_bf16() } else { host }
+}
+
+fn gemm(dtype: Precision, m: usize, n: usize, k: usize) -> Work {
+    let device = Cpu::<f32>::new();
+    let (w, x) = (device.weight(weight(dtype, n, k)), floats(m * k, 2));
+    let mut y = vec![0.0; m * n];
+    Box::new(move || {
+        let w = MatrixRef::Frozen(&w);
+        device.linear(View::new(&x, m * k), w, ViewMut::new(&mut y, m * n), m, false);
+        Ok(())
+    })
+}
+
+fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize) -> Result<Work> {
+    let device = Cpu::<f32>::new();
+    let adapter: Option<AnyAdapter> = match adapter {
+        Adapter::None => None,
+        _ => match serde_json::from_value(adapter.config(&crate::case::ffn())?)? {
+            AdapterConfig::Smore(c) => {
+                Some(AnyAdapter::Smore(Smore::new(SmoreSpec::new(&c, d_in, d_out)?)))
+            }
+            AdapterConfig::Lora(c) => {
+                Some(AnyAdapter::Lora(Lora::new(LoraSpec::new(&c, d_in, d_out)?)))
+            }
+            other => anyhow::bail!("no layer for {}", other.kind()),
+        },
+    };
+    let w = device.weight(weight(dtype, d_out, d_in));
+    let len = adapter.as_ref().map_or(0, |a| a.len());
+    let params: Vec<f32> = floats(len, 3).iter().map(|v| v * 0.05).collect();
+    let (x, dy) = (floats(n * d_in, 4), floats(n * d_out, 5));
+    let (mut y, mut dx, mut grads) = (vec![1.0; n * d_out], vec![1.0; n * d_in], vec![1.0; len]);
+    Ok(Box::new(move || {
+        let frozen = MatrixRef::Frozen(&w);
+        let (x, dy) = (View::new(&x, n * d_in), View::new(&dy, n * d_out));
+        let params = View::new(&params, len);
+        dx.fill(0.0);
+        grads.fill(0.0);
+        device.linear(x, frozen, ViewMut::new(&mut y, n * d_out), n, false);
+        let saved: Option<AnySaved<Cpu<f32>>> = adapter
+            .as_ref()
+            .map(|a| a.forward(&device, Mode::plain(), params, x, ViewMut::new(&mut y, n * d_out)));
+        device.linear_backward(dy, frozen, ViewMut::new(&mut dx, n * d_in), n);
+        if let (Some(a), Some(saved)) = (&adapter, saved) {
+            let (grads, dx) = (ViewMut::new(&mut grads, len), ViewMut::new(&mut dx, n * d_in));
+            a.backward(&device, Mode::plain(), 1.0, params, &saved, x, dy, grads, Some(dx));
+        }
+        Ok(())
+    }))
+}
+
+/// A model of random weights in bf16 or f32, mapped from a folder that is removed at once.
+fn model(
+    shape: &Shape,
+    adapter: Adapter,
+    dtype: Precision,
+    context: usize,
+) -> Result<Model<Cpu<f32>>> {
+    let folder = tempfile::tempdir()?;
+    write_model(folder.path(), shape, dtype)?;
+    let opened = ModelFolder::open(folder.path())?;
+    let adapters = match adapter {
+        Adapter::None => Adapters::none(&opened.spec),
+        _ => {
+            let config = serde_json::from_value(adapter.config(&crate::case::ffn())?)?;
+            Adapters::new(&config, &opened.spec).map_err(anyhow::Error::msg)?
+        }
+    };
+    let values = floats(adapters.init(1).len(), 6).iter().map(|v| v * 0.02).collect::<Vec<_>>();
+    Ok(Model::new(Cpu::new(), &opened, adapters, &values, context))
+}
+
+fn training_step(step: &Step) -> Result<Work> {
+    let mut model = model(&step.shape, step.adapter, step.dtype, step.length)?;
+    model.gradient_checkpointing = step.gradient_checkpointing;
+    let train = TrainConfig::default();
+    let mut optimizer = Optimizer::new(&model);
+    let mut batch = Batch::default();
+    for i in 0..step.batch {
+        let ids = tokens(step.length, i, step.shape.vocabulary);
+        batch.push(&ids, &vec![true; step.length]);
+    }
+    let scales = Scales { loss: 1.0 / batch.targets.len() as f64, balance: 1.0 };
+    let mut done = 0;
+    Ok(Box::new(move || {
+        done += 1;
+        model.step(&batch, scales, None, &mut optimizer.grads);
+        optimizer.step(&mut model, &train, 1e-4, done)?;
+        Ok(())
+    }))
+}
+
+fn tokens(n: usize, seed: usize, vocabulary: usize) -> Vec<u32> {
+    (0..n).map(|i| ((i * 7919 + seed * 104_729 + i * i * 31) % vocabulary) as u32).collect()
+}
+
+fn decode(shape: &Shape, adapter: Adapter, n: usize) -> Result<Work> {
+    let prompt = tokens(16, 3, shape.vocabulary);
+    let model = model(shape, adapter, Precision::Bfloat16, 4096)?;
+    let mut cache = model.cache();
+    let mut logits = model.extend(&prompt, &mut cache);
+    Ok(Box::new(move || {
+        for _ in 0..n {
+            let next = (0..logits.len()).max_by(|&a, &b| logits[a].total_cmp(&logits[b]));
+            logits = model.extend(&[next.unwrap_or(0) as u32], &mut cache);
+        }
+        Ok(())
+    }))
+}
+
+fn bandwidth(bytes: usize) -> Work {
+    let data: Vec<u64> = (0..bytes as u64 / 8).into_par_iter().collect();
+    Box::new(move || {
+        let chunk = data.len().div_ceil(rayon::current_num_threads());
+        let sum: u64 = data
+            .par_chunks(chunk)
+            .map(|part| part.iter().fold(0u64, |sum, &x| sum.wrapping_add(x)))
+            .reduce(|| 0, u64::wrapping_add);
+        std::hint::black_box(sum);
+        Ok(())
+    })
+}
