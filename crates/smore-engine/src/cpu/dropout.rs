@@ -48,6 +48,29 @@ mod tests {
         assert_eq!([0, 1, 2].map(|i| mix(0, i)), want);
     }
 
+    /// Elements drop independently of their neighbours, of the element a power of two away, and of
+    /// the same element under another key.
+    #[test]
+    fn neighbours_and_keys_are_independent() {
+        let (n, rate) = (200_000, 0.5);
+        let keys = [0, 1, 1 << 32, 0x1234_5678_9abc_def0u64];
+        let masks = keys.map(|key| dropped(Dropout { key, first: 0, rate }, n + 1024));
+        let both = |a: &[f64], b: &[f64]| {
+            let pairs = a.iter().zip(b).filter(|(a, b)| **a == 0.0 && **b == 0.0);
+            pairs.count() as f64 / n as f64
+        };
+        for (i, mask) in masks.iter().enumerate() {
+            for apart in [1, 2, 3, 64, 128, 512, 1024] {
+                let share = both(&mask[..n], &mask[apart..]);
+                assert!((share - 0.25).abs() < 0.005, "key {i}, {apart} apart: {share}");
+            }
+            for other in &masks[..i] {
+                let share = both(&mask[..n], other);
+                assert!((share - 0.25).abs() < 0.005, "key {i}: {share}");
+            }
+        }
+    }
+
     #[test]
     fn drops_its_share_and_keeps_the_mean() {
         let n = 200_000;

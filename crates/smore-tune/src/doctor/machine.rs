@@ -173,7 +173,7 @@ fn disk_fits(examined: &mut Examined, folder: &Path, checkpoint: u64, checkpoint
     let Some(free) = free_bytes(folder) else { return };
     let all = checkpoint * checkpoints;
     let message = format!(
-        "{checkpoints} checkpoints of {} each; {} are free where {} will be",
+        "checkpoints take {checkpoints} x {}; {} are free where {} will be",
         mib(checkpoint),
         mib(free),
         folder.display()
