@@ -5,7 +5,7 @@ use crate::random::{floats, write_model};
 use anyhow::{Context, Result};
 use rayon::prelude::*;
 use serde_json::{Value, json};
-use smore::adapter::{Adapter as _, AnyAdapter, AnySaved, Lora, MapAdapter, Mode, Smore};
+use smore::adapter::{AnyAdapter, AnySaved, Lora, MapAdapter, Mode, Smore};
 use smore::spec::{LoraSpec, SmoreSpec};
 use smore_engine::{Cpu, Device, HostMatrix, MatrixRef, View, ViewMut};
 use smore_tune::config::{AdapterConfig, TrainConfig};
@@ -88,7 +88,7 @@ fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize
         },
     };
     let w = device.weight(weight(dtype, d_out, d_in));
-    let len = adapter.as_ref().map_or(0, |a| a.len());
+    let len = adapter.as_ref().map_or(0, smore::adapter::Adapter::len);
     let params: Vec<f32> = floats(len, 3).iter().map(|v| v * 0.05).collect();
     let (x, dy) = (floats(n * d_in, 4), floats(n * d_out, 5));
     let (mut y, mut dx, mut grads) = (vec![1.0; n * d_out], vec![1.0; n * d_in], vec![1.0; len]);
@@ -121,12 +121,11 @@ fn model(
     let folder = tempfile::tempdir()?;
     write_model(folder.path(), shape, dtype)?;
     let opened = ModelFolder::open(folder.path())?;
-    let adapters = match adapter {
-        Adapter::None => Adapters::none(&opened.spec),
-        _ => {
-            let config = serde_json::from_value(adapter.config(&crate::case::ffn())?)?;
-            Adapters::new(&config, &opened.spec).map_err(anyhow::Error::msg)?
-        }
+    let adapters = if adapter == Adapter::None {
+        Adapters::none(&opened.spec)
+    } else {
+        let config = serde_json::from_value(adapter.config(&crate::case::ffn())?)?;
+        Adapters::new(&config, &opened.spec).map_err(anyhow::Error::msg)?
     };
     let values = floats(adapters.init(1).len(), 6).iter().map(|v| v * 0.02).collect::<Vec<_>>();
     Ok(Model::new(Cpu::new(), &opened, adapters, &values, context))
