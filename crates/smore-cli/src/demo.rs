@@ -34,7 +34,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let json = args.json;
     let mut watch = |name: &str, steps: usize| -> Box<dyn smore_tune::sft::Observer> {
         let label = if name == "lora" { "LoRA   " } else { "S'MoRE " };
-        Box::new(Progress::new(label, steps, json))
+        Box::new(Progress::new(label, (0, steps), json))
     };
     let result = compare(Path::new("runs/demo"), &BASE, args.seed, &mut watch)?;
     if args.json {

@@ -11,6 +11,7 @@ mod generate;
 mod grow;
 mod import;
 mod inspect;
+mod interrupt;
 mod merge;
 mod progress;
 mod table;
@@ -76,7 +77,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// 1: the run failed; 2: bad arguments, config, data or folders.
+/// 1: the run failed; 2: bad arguments, config, data or folders; 130: interrupted.
 fn exit_code(error: &anyhow::Error) -> u8 {
     error.downcast_ref::<smore_tune::error::Error>().map_or(1, smore_tune::error::Error::exit_code)
 }

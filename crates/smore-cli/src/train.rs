@@ -1,31 +1,47 @@
 //! `smore train CONFIG.yaml`
 
+use crate::interrupt::Interrupt;
 use crate::progress::Progress;
 use crate::table::{bytes, count};
 use anyhow::Result;
 use smore_tune::config::RunConfig;
 use smore_tune::doctor::Severity;
+use smore_tune::error::Error;
 use smore_tune::sft::{Outcome, Prepared};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// The run's configuration
+    /// The run's configuration, or the run folder, which holds it
     config: PathBuf,
+    /// Go on from the newest whole checkpoint in the run folder, to the bit as if nothing had
+    /// happened; from the beginning where there is none
+    #[arg(long)]
+    resume: bool,
     /// Print the outcome as one JSON object on standard output
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let config = RunConfig::load(&args.config)?;
-    let prepared = Prepared::new(config, &args.config.display().to_string())?;
+    let file =
+        if args.config.is_dir() { args.config.join("config.yaml") } else { args.config.clone() };
+    let mut prepared = Prepared::new(RunConfig::load(&file)?, &file.display().to_string())?;
+    if args.resume {
+        prepared = prepared.resume()?;
+    }
     if !args.json {
         announce(&prepared);
     }
-    let mut progress = Progress::new("training", prepared.total_steps, args.json);
+    let steps = (prepared.steps_done(), prepared.total_steps);
+    let mut progress = Progress::new("training", steps, args.json).stopped_by(Interrupt::listen()?);
     let result = prepared.run(&mut progress);
     progress.finish();
+    if let Err(error @ Error::Interrupted { .. }) = result {
+        let config = args.config.display();
+        return Err(anyhow::Error::from(error)
+            .context(format!("interrupted; go on with `smore train --resume {config}`")));
+    }
     let (outcome, _) = result?;
     if args.json {
         println!("{}", serde_json::to_string(&outcome)?);
@@ -68,6 +84,14 @@ fn summarise(outcome: &Outcome) {
         outcome.seconds,
         outcome.tokens as f64 / outcome.seconds.max(1e-9),
         bytes(outcome.peak_memory_bytes)
+    );
+    let memory = outcome.memory;
+    println!(
+        "of which weights {}, adapter and optimizer {}, activations {}, program and data {}",
+        bytes(memory.weights),
+        bytes(memory.adapter_and_optimizer),
+        bytes(memory.activations),
+        bytes(memory.program_and_data)
     );
     if outcome.stopped_early {
         println!(

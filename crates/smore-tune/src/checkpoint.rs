@@ -18,7 +18,9 @@ mod peft;
 pub mod pickle;
 mod tensors;
 
+pub(crate) use folder::{UNFINISHED, check_seal, seal};
 pub use folder::{write, write_folder};
+pub(crate) use model::fill_model;
 pub use model::{copy_model_files, save_model};
 pub use moe_peft::FlatMixture;
 
@@ -30,6 +32,7 @@ use manifest::Manifest;
 use smore::layout::Param;
 use std::path::{Path, PathBuf};
 use tensors::{Tensors, read_adapter, read_safetensors, write_tensors};
+pub(crate) use tensors::{read_named, write_named};
 
 /// Before every module path in an adapter file of PEFT.
 pub(crate) const PREFIX: &str = "base_model.model.";
@@ -73,33 +76,39 @@ pub fn save_adapter(
     values: &[f32],
     manifest: &Manifest,
 ) -> Result<()> {
+    write_folder(path, |dir| fill_adapter(dir, settings, adapters, values, manifest))
+}
+
+/// As [`save_adapter`], among other files of a folder that is being written.
+pub(crate) fn fill_adapter(
+    dir: &Path,
+    settings: &Settings,
+    adapters: &Adapters,
+    values: &[f32],
+    manifest: &Manifest,
+) -> Result<()> {
     // A mixture was turned into a S'MoRE when it was read.
     let settings = Settings { mixture: None, ..settings.clone() };
-    write_folder(path, |dir| {
-        let text = peft::to_json(&settings);
-        write(&dir.join("adapter_config.json"), text.as_bytes())?;
-        manifest.write(dir)?;
-        let mut tensors = Vec::new();
-        for slot in &adapters.slots {
-            let values = &values[slot.range.clone()];
-            for param in slot.params() {
-                for name in stored_names(&settings.config, slot, param) {
-                    tensors.push((name, param.shape.clone(), &values[param.range()]));
-                }
+    let text = peft::to_json(&settings);
+    write(&dir.join("adapter_config.json"), text.as_bytes())?;
+    manifest.write(dir)?;
+    let mut tensors = Vec::new();
+    for slot in &adapters.slots {
+        let values = &values[slot.range.clone()];
+        for param in slot.params() {
+            for name in stored_names(&settings.config, slot, param) {
+                tensors.push((name, param.shape.clone(), &values[param.range()]));
             }
         }
-        let file = dir.join("adapter_model.safetensors");
-        write_tensors(&file, &tensors)?;
-        let back = load_tensors(dir, &settings, adapters)?;
-        if back.iter().map(|x| x.to_bits()).eq(values.iter().map(|x| x.to_bits())) {
-            Ok(())
-        } else {
-            Err(Error::Run(format!(
-                "{}: reads back different from what was written",
-                file.display()
-            )))
-        }
-    })
+    }
+    let file = dir.join("adapter_model.safetensors");
+    write_tensors(&file, &tensors)?;
+    let back = load_tensors(dir, &settings, adapters)?;
+    if back.iter().map(|x| x.to_bits()).eq(values.iter().map(|x| x.to_bits())) {
+        Ok(())
+    } else {
+        Err(Error::Run(format!("{}: reads back different from what was written", file.display())))
+    }
 }
 
 /// Reads an adapter folder for a model of shape `spec`.

@@ -65,6 +65,16 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
+    /// The run was asked to stop and did, with a checkpoint (exit code 130).
+    #[error("stopped after step {step} of {total_steps}; {} holds it", checkpoint.display())]
+    Interrupted {
+        /// Steps done.
+        step: usize,
+        /// Steps of the whole run.
+        total_steps: usize,
+        /// The checkpoint.
+        checkpoint: PathBuf,
+    },
     /// The run itself failed (exit code 1).
     #[error("{0}")]
     Run(String),
@@ -75,7 +85,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 impl Error {
     /// The program's exit code: 2 for bad arguments, configuration, data or folders, 1 for a run
-    /// that failed.
+    /// that failed, 130 for one that was interrupted.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config { .. }
@@ -85,6 +95,7 @@ impl Error {
             | Self::Template { .. }
             | Self::Adapter { .. } => 2,
             Self::Io { .. } | Self::Run(_) => 1,
+            Self::Interrupted { .. } => 130,
         }
     }
 

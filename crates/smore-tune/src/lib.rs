@@ -27,5 +27,7 @@ mod selection;
 pub mod sft;
 pub mod targets;
 pub mod template;
+mod tensorboard;
 pub mod tokenizer;
+mod trainer_state;
 pub mod verify;

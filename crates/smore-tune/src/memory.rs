@@ -1,5 +1,7 @@
 //! This process's memory, as the system counts it.
 
+use serde::Serialize;
+
 /// Bytes resident now; 0 where the system does not say.
 pub fn resident() -> u64 {
     status("VmRSS:")
@@ -26,6 +28,35 @@ pub fn of_machine() -> Option<(u64, u64)> {
         line.split_whitespace().next()?.parse::<u64>().ok().map(|kib| kib * 1024)
     };
     Some((field("MemAvailable:")?, field("MemTotal:")?))
+}
+
+/// What the peak of a run is made of, in bytes; the parts add up to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Split {
+    /// The program, its data and what else was resident before the model.
+    pub program_and_data: u64,
+    /// Frozen weights, as they are stored.
+    pub weights: u64,
+    /// Trained parameters, their gradients and moments, and the best values kept.
+    pub adapter_and_optimizer: u64,
+    /// The rest of the peak: activations, their slopes and scratch. Training has no caches.
+    pub activations: u64,
+}
+
+impl Split {
+    /// Divides `peak`. Weights that were never read from their file are not resident: what is known
+    /// is cut to what was measured.
+    pub fn of(peak: u64, before: u64, weights: u64, trained: u64) -> Self {
+        let mut left = peak;
+        let mut take = |part: u64| {
+            let part = part.min(left);
+            left -= part;
+            part
+        };
+        let (program_and_data, adapter_and_optimizer) = (take(before), take(trained));
+        let weights = take(weights);
+        Self { program_and_data, weights, adapter_and_optimizer, activations: left }
+    }
 }
 
 fn status(key: &str) -> u64 {

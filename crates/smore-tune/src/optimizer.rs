@@ -22,9 +22,25 @@ impl Optimizer {
     }
 
     /// As [`Optimizer::new`], with a factor on the learning rate of some parameters.
-    pub fn with_rates(model: &Model<Cpu<f32>>, rates: Rates) -> Self {
+    pub(crate) fn with_rates(model: &Model<Cpu<f32>>, rates: Rates) -> Self {
         let zeros = || vec![0.0; model.trained()];
         Self { grads: zeros(), m: zeros(), v: zeros(), rates }
+    }
+
+    /// The gradient's norm.
+    pub(crate) fn norm(&self, model: &Model<Cpu<f32>>) -> f64 {
+        model.device.sum_squares(View::new(&self.grads, model.trained())).sqrt()
+    }
+
+    /// First and second moments.
+    pub(crate) fn moments(&self) -> [&[f32]; 2] {
+        [&self.m, &self.v]
+    }
+
+    /// Takes moments that were kept, as long as the parameters.
+    pub(crate) fn restore(&mut self, [m, v]: [Vec<f32>; 2]) {
+        assert_eq!((m.len(), v.len()), (self.m.len(), self.v.len()), "moments");
+        (self.m, self.v) = (m, v);
     }
 
     /// Clips, steps and clears the gradients; returns their norm before clipping. Steps count
@@ -40,7 +56,7 @@ impl Optimizer {
         step: usize,
     ) -> Result<f64> {
         let (n, device) = (model.trained(), model.device);
-        let norm = device.sum_squares(View::new(&self.grads, n)).sqrt();
+        let norm = self.norm(model);
         if !norm.is_finite() {
             return Err(Error::Run(format!(
                 "the gradient's norm is {norm} at step {step}; lower train.learning_rate"

@@ -12,18 +12,26 @@ use std::path::Path;
 /// # Errors
 /// If reading the source or writing fails.
 pub fn save_model(path: &Path, spec: &DecoderSpec, source: &Path, values: &[f32]) -> Result<()> {
-    write_folder(path, |dir| {
-        copy_model_files(source, dir)?;
-        let mut start = 0;
-        let mut tensors = Vec::new();
-        for (name, shape) in spec.tensors() {
-            let len: usize = shape.iter().product();
-            tensors.push((name, shape, &values[start..start + len]));
-            start += len;
-        }
-        let file = dir.join("model.safetensors");
-        if spec.bf16 { write_tensors_bf16(&file, &tensors) } else { write_tensors(&file, &tensors) }
-    })
+    write_folder(path, |dir| fill_model(dir, spec, source, values))
+}
+
+/// As [`save_model`], among other files of a folder that is being written.
+pub(crate) fn fill_model(
+    dir: &Path,
+    spec: &DecoderSpec,
+    source: &Path,
+    values: &[f32],
+) -> Result<()> {
+    copy_model_files(source, dir)?;
+    let mut start = 0;
+    let mut tensors = Vec::new();
+    for (name, shape) in spec.tensors() {
+        let len: usize = shape.iter().product();
+        tensors.push((name, shape, &values[start..start + len]));
+        start += len;
+    }
+    let file = dir.join("model.safetensors");
+    if spec.bf16 { write_tensors_bf16(&file, &tensors) } else { write_tensors(&file, &tensors) }
 }
 
 /// Copies what a model folder holds besides weights.

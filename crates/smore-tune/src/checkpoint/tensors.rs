@@ -56,6 +56,21 @@ fn to_f32(tensor: &TensorView) -> Option<Vec<f32>> {
     }
 }
 
+/// Writes plain runs of values under names.
+pub(crate) fn write_named(path: &Path, runs: &[(&str, &[f32])]) -> Result<()> {
+    let named = |&(name, values): &(&str, _)| -> Named {
+        let values: &[f32] = values;
+        (name.to_owned(), vec![values.len()], values)
+    };
+    write_tensors(path, &runs.iter().map(named).collect::<Vec<_>>())
+}
+
+/// Reads what [`write_named`] wrote.
+pub(crate) fn read_named(file: &Path) -> Result<BTreeMap<String, Vec<f32>>> {
+    let tensors = read_safetensors(file)?;
+    Ok(tensors.into_iter().map(|(name, tensor)| (name, tensor.values)).collect())
+}
+
 /// Name, shape and values of a tensor to be written.
 pub(super) type Named<'a> = (String, Vec<usize>, &'a [f32]);
 

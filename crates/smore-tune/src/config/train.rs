@@ -37,6 +37,8 @@ pub struct TrainConfig {
     pub max_grad_norm: f64,
     /// Steps between checkpoints; 0 saves at the end only.
     pub save_steps: usize,
+    /// Keep this many checkpoints, the newest; null keeps all.
+    pub save_total_limit: Option<usize>,
     /// Steps between evaluations; 0 evaluates at the end only.
     pub eval_steps: usize,
     /// Stop after this many evaluations in a row without a better held-out loss; null never stops.
@@ -93,6 +95,7 @@ impl Default for TrainConfig {
             warmup_steps: None,
             max_grad_norm: 1.0,
             save_steps: 500,
+            save_total_limit: None,
             eval_steps: 50,
             early_stopping_patience: None,
             early_stopping_threshold: 0.0,
@@ -249,6 +252,7 @@ impl TrainConfig {
         }
         let counts = [
             ("max_steps", self.max_steps.unwrap_or(1)),
+            ("save_total_limit", self.save_total_limit.unwrap_or(1)),
             ("early_stopping_patience", self.early_stopping_patience.unwrap_or(1)),
             ("per_device_train_batch_size", self.per_device_train_batch_size),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps),

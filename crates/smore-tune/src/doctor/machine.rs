@@ -35,8 +35,12 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
     });
     let needs = Needs { spec, adapters: &start.adapters, train, trained, weights, batch, tokens };
     let (needed, steps) = (needs.memory(), crate::sft::total_steps(train, entries.len()));
-    let checkpoint = trained as u64 * 4;
-    let checkpoints = 1 + steps.checked_div(train.save_steps).unwrap_or(0) as u64;
+    // The adapter, and beside it parameters, two moments and perhaps the best values.
+    let checkpoint = trained as u64 * 4 * (4 + u64::from(train.load_best_model_at_end));
+    let written = steps.checked_div(train.save_steps).unwrap_or(0);
+    // A new one is written before the oldest goes; the trained adapter takes less than one.
+    let kept = train.save_total_limit.map_or(written, |limit| written.min(limit + 1));
+    let checkpoints = 1 + kept as u64;
     memory_fits(examined, needed, batch, memory::of_machine());
     if let Some(folder) = &subject.output_dir {
         disk_fits(examined, folder, checkpoint, checkpoints);
@@ -181,7 +185,7 @@ fn disk_fits(examined: &mut Examined, folder: &Path, checkpoint: u64, checkpoint
     if all <= free {
         examined.good(Area::Machine, message);
     } else {
-        let remedy = "free some space, raise train.save_steps, or choose another output_dir";
+        let remedy = "free some space, raise train.save_steps, set train.save_total_limit, or choose another output_dir";
         examined.warn(Area::Machine, message, remedy);
     }
 }

@@ -246,7 +246,7 @@ fn remedy(error: &Error) -> &'static str {
             "name a whole adapter folder that was made for this model, or train a new one"
         }
         Error::Io { .. } => "make the file readable, or the folder writable",
-        Error::Run(_) => "change what the message names",
+        Error::Run(_) | Error::Interrupted { .. } => "change what the message names",
     }
 }
 
