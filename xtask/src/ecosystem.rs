@@ -2,7 +2,7 @@
 //! MoE-PEFT and HydraLoRA. Needs Python and gigabytes of torch, so it is no part of CI; some of its
 //! cases are recorded in `crates/smore-tune/tests/recorded/adapters`.
 
-use crate::cargo;
+use crate::{DEMO_BASE, cargo, python};
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::fs;
@@ -14,7 +14,6 @@ const CASES: &str = "target/ecosystem/cases/";
 const SCRIPTS: &str = "xtask/python/ecosystem";
 const REQUIREMENTS: &str = "xtask/python/requirements.txt";
 const RECORDED: &str = "crates/smore-tune/tests/recorded";
-const DEMO_BASE: &str = "crates/smore-cli/assets/demo-base";
 const FAMILIES: [&str; 5] = ["llama", "mistral", "qwen2", "qwen3", "gemma2"];
 
 /// LoRAs of every shape that PEFT has a key for.
@@ -102,10 +101,7 @@ struct Tools {
 
 impl Tools {
     fn new() -> Result<Self> {
-        let python = match std::env::var_os("SMORE_PYTHON") {
-            Some(python) => python.into(),
-            None => virtual_environment()?,
-        };
+        let python = python(&Path::new(OUT).join("venv"), REQUIREMENTS)?;
         cargo(&["build", "--release", "-p", "smore-cli"], &[])?;
         cargo(&["build", "--release", "-p", "smore-tune", "--example", "adapters"], &[])?;
         let built = PathBuf::from("target/release");
@@ -225,17 +221,6 @@ impl Tools {
         }
         Ok(())
     }
-}
-
-fn virtual_environment() -> Result<PathBuf> {
-    let venv = Path::new(OUT).join("venv");
-    let python = venv.join("bin/python");
-    if !python.exists() {
-        succeed(Command::new("python3").args(["-m", "venv"]).arg(&venv))?;
-    }
-    let install = ["-m", "pip", "install", "--quiet", "--requirement", REQUIREMENTS];
-    succeed(Command::new(&python).args(install))?;
-    Ok(python)
 }
 
 fn succeed(command: &mut Command) -> Result<()> {

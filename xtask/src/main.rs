@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout)]
 
 mod ecosystem;
+mod tensorboard;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
@@ -36,6 +37,9 @@ enum Task {
     /// Adapters to and from PEFT and other Python packages; not in `ci`, since it installs
     /// gigabytes of torch (or takes the Python that SMORE_PYTHON names)
     Ecosystem,
+    /// Event files of a run read by TensorBoard; not in `ci`, since it installs TensorBoard (or takes
+    /// the Python that SMORE_PYTHON names)
+    Tensorboard,
     /// Speed and memory as ratios, against PyTorch with `--peer`: `cargo xtask bench --help`
     #[command(disable_help_flag = true)]
     Bench {
@@ -44,6 +48,9 @@ enum Task {
         args: Vec<String>,
     },
 }
+
+/// The demo's base model.
+const DEMO_BASE: &str = "crates/smore-cli/assets/demo-base";
 
 const CI: [Task; 7] =
     [Task::Fmt, Task::Clippy, Task::Docs, Task::Deny, Task::Test, Task::Parity, Task::Demo];
@@ -88,12 +95,32 @@ fn run(task: Task) -> Result<()> {
         Task::Demo => demo(),
         Task::DemoBase => demo_base(),
         Task::Ecosystem => ecosystem::ecosystem(),
+        Task::Tensorboard => tensorboard::tensorboard(),
         Task::Bench { args } => {
             let mut all = vec!["run", "--quiet", "--release", "--package", "smore-bench", "--"];
             all.extend(args.iter().map(String::as_str));
             cargo(&all, &[])
         }
     }
+}
+
+/// The Python that SMORE_PYTHON names, or that of a virtual environment with what is required.
+fn python(venv: &Path, requirements: &str) -> Result<PathBuf> {
+    if let Some(python) = std::env::var_os("SMORE_PYTHON") {
+        return Ok(python.into());
+    }
+    let python = venv.join("bin/python");
+    let succeed = |command: &mut Command| -> Result<()> {
+        let status = command.status().with_context(|| format!("{command:?}"))?;
+        ensure!(status.success(), "{command:?} gave {status}");
+        Ok(())
+    };
+    if !python.exists() {
+        succeed(Command::new("python3").args(["-m", "venv"]).arg(venv))?;
+    }
+    let install = ["-m", "pip", "install", "--quiet", "--requirement", requirements];
+    succeed(Command::new(&python).args(install))?;
+    Ok(python)
 }
 
 /// Advisories are left out: their database needs a network.

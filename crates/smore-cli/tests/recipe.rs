@@ -311,3 +311,30 @@ fn an_imported_configuration_trains() {
     let ours = std::fs::read(folder.join("ours.yaml")).unwrap();
     assert_eq!(run.get_output().stdout, ours);
 }
+
+/// The step, the place and the samples are named, and the batch is kept.
+#[test]
+fn a_loss_that_is_no_number_is_traced() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path();
+    write_run(folder, "burst", with("learning_rate: 1.0e+38, max_grad_norm: 0, eval_steps: 0"));
+    write_data(folder);
+    let run = smore(folder, &["train", "burst.yaml"]).assert().code(1);
+    let said = String::from_utf8(run.get_output().stderr.clone()).unwrap();
+    let file = std::fs::read_dir(folder.join("burst"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.to_str().unwrap().contains("not-finite-step-"))
+        .unwrap();
+    let kept: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let step = format!(" at step {};", kept["step"]);
+    for part in [step.as_str(), "data.jsonl:", file.file_name().unwrap().to_str().unwrap()] {
+        assert!(said.contains(part), "{said}");
+    }
+    let place = ["parameter", "block", "gradient"].map(|key| kept[key].as_str());
+    let named = place.iter().flatten().next().expect("a place");
+    assert!(said.contains(named), "{said}");
+    let samples = kept["samples"].as_array().unwrap();
+    assert_eq!(samples.len(), 4);
+    assert!(samples.iter().all(|s| s["input_ids"].as_array().unwrap().len() > 2));
+}

@@ -44,6 +44,8 @@ pub fn curves(runs: &[(&str, &[Metric])]) -> Vec<Section> {
 /// The report of a single run.
 pub fn report(outcome: &Outcome) -> Report {
     let loss = |x: Option<f64>| x.map_or_else(|| "\u{2013}".to_owned(), |x| format!("{x:.4}"));
+    let mib = |bytes: u64| format!("{:.0}", bytes as f64 / f64::from(1 << 20));
+    let memory = outcome.memory;
     let rows = vec![
         vec!["trained parameters".to_owned(), thousands(outcome.trainable_parameters)],
         vec!["held-out loss before".to_owned(), loss(outcome.eval_loss_before)],
@@ -51,10 +53,11 @@ pub fn report(outcome: &Outcome) -> Report {
         vec!["steps".to_owned(), steps(outcome)],
         vec!["tokens".to_owned(), thousands(outcome.tokens)],
         vec!["seconds".to_owned(), format!("{:.1}", outcome.seconds)],
-        vec![
-            "peak memory, MiB".to_owned(),
-            format!("{:.0}", outcome.peak_memory_bytes as f64 / f64::from(1 << 20)),
-        ],
+        vec!["peak memory, MiB".to_owned(), mib(outcome.peak_memory_bytes)],
+        vec!["of which frozen weights".to_owned(), mib(memory.weights)],
+        vec!["adapter and optimizer".to_owned(), mib(memory.adapter_and_optimizer)],
+        vec!["activations".to_owned(), mib(memory.activations)],
+        vec!["program and data".to_owned(), mib(memory.program_and_data)],
     ];
     let name = outcome.output_dir.file_name().unwrap_or_default().to_string_lossy();
     let mut sections = vec![Section::Table {
@@ -63,8 +66,28 @@ pub fn report(outcome: &Outcome) -> Report {
         columns: vec![String::new(), String::new()],
         rows,
     }];
+    sections.extend(marks(&outcome.metrics));
     sections.extend(curves(&[(name.as_ref(), &outcome.metrics)]));
     Report { title: format!("run {name}"), subtitle: String::new(), sections }
+}
+
+/// The steps that were out of the ordinary; nothing where there is none.
+fn marks(metrics: &[Metric]) -> Option<Section> {
+    let row = |metric: &Metric| match metric {
+        Metric::Step(m) if !m.flags.is_empty() => {
+            let flags: Vec<String> = m.flags.iter().map(ToString::to_string).collect();
+            let (loss, norm) = (format!("{:.4}", m.loss), format!("{:.3}", m.grad_norm));
+            Some(vec![m.step.to_string(), flags.join(", "), loss, norm])
+        }
+        _ => None,
+    };
+    let rows: Vec<_> = metrics.iter().filter_map(row).collect();
+    (!rows.is_empty()).then(|| Section::Table {
+        heading: "Out of the ordinary".into(),
+        note: "Held against the 50 steps before each.".into(),
+        columns: ["step", "mark", "loss", "gradient's norm"].map(str::to_owned).to_vec(),
+        rows,
+    })
 }
 
 /// How many, why no more, and which one's values were exported.
@@ -90,4 +113,34 @@ pub fn thousands(n: usize) -> String {
         out.push(digit);
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sft::{Flag, StepMetric};
+
+    #[test]
+    fn marked_steps_are_listed() {
+        let step = |step: usize, flags: Vec<Flag>| {
+            Metric::Step(StepMetric {
+                step,
+                epoch: 0.5,
+                loss: 2.0,
+                balance_loss: 0.0,
+                grad_norm: 1.0,
+                learning_rate: 1e-3,
+                trained_tokens: 3,
+                tokens: 5,
+                seconds: 0.1,
+                flags,
+            })
+        };
+        assert!(marks(&[step(1, vec![])]).is_none());
+        let flags = vec![Flag::LossSpike, Flag::GradientExplosion];
+        let Some(Section::Table { rows, .. }) = marks(&[step(1, vec![]), step(2, flags)]) else {
+            panic!("a table");
+        };
+        assert_eq!(rows, [["2", "loss spike, gradient explosion", "2.0000", "1.000"]]);
+    }
 }

@@ -46,6 +46,8 @@ const ABSENT: &[(&str, &str)] = &[
     ("dataloader_num_workers", "samples are read before training begins; remove it"),
     ("per_device_eval_batch_size", "evaluation chooses its own batches; remove it"),
     ("ddp_timeout", "there is one process; remove it"),
+    ("resume_from_checkpoint", "write `smore train --resume` on the command line; remove it"),
+    ("save_only_model", "checkpoints always hold what it takes to go on; remove it"),
     ("logging_steps", "every step is logged; remove it"),
     ("plot_loss", "report.html always has the curves; remove it"),
     ("overwrite_output_dir", "an earlier run is moved aside, never overwritten; remove it"),
