@@ -124,7 +124,7 @@ impl Prepared {
     /// Trains and writes the run folder.
     ///
     /// # Errors
-    /// A loss or gradient that is not a number, a failed write, or [`Error::Interrupted`].
+    /// A loss or gradient that is not a number, a failed write, or [`crate::error::Error::Interrupted`].
     pub fn run(self, observer: &mut dyn Observer) -> Result<(Outcome, Model<Cpu<f32>>)> {
         let mut run = Run::begin(self, observer)?;
         run.train(observer)?;

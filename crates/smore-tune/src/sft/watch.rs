@@ -9,7 +9,7 @@ const WINDOW: usize = 50;
 /// Steps before anything is marked: the first losses fall fast and say little.
 const FIRST: usize = 20;
 /// A loss spikes if it is above the median by this many deviations as robustly estimated ..
-const DEVIATIONS: f64 = 8.0;
+const DEVIATIONS: f64 = 6.0;
 /// .. and by this share of the median, as the losses of a nearly finished run deviate by little.
 const SHARE: f64 = 0.25;
 /// A gradient explodes if its norm is this many times the median.
