@@ -1,15 +1,10 @@
 //! `smore generate --model DIR [--adapter DIR] --prompt TEXT`
 
-use crate::folders::note_other_base;
+use crate::clock::now;
+use crate::models::Loaded;
 use anyhow::Result;
-use smore_engine::Cpu;
-use smore_tune::checkpoint::load_adapter;
-use smore_tune::generate::{Sampling, generate};
-use smore_tune::inject::Adapters;
-use smore_tune::model::Model;
-use smore_tune::model::folder::ModelFolder;
-use smore_tune::template::{Message, Template};
-use smore_tune::tokenizer::Tokenizer;
+use smore_tune::audit::{Asked, Log, Made, Record, RoutingDigest};
+use smore_tune::generate::{Sampling, generate_routed};
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -46,31 +41,26 @@ pub(crate) struct Args {
     /// Seed of the draws
     #[arg(long, default_value_t = 42)]
     seed: u64,
+    /// Append a record to this log: hashes of prompt, output, base and adapter, and which experts
+    /// acted on every token. The text is printed once its record is kept
+    #[arg(long, value_name = "LOG")]
+    audit: Option<PathBuf>,
+    /// Keep prompt and output in the record too
+    #[arg(long, requires = "audit")]
+    audit_text: bool,
     /// Print one JSON object on standard output instead of the text
     #[arg(long)]
     json: bool,
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let tokenizer = Tokenizer::open(&args.model)?;
-    let template = Template::open(&args.model, &tokenizer)?;
-    let folder = ModelFolder::open(&args.model)?;
-    let (adapters, values) = match &args.adapter {
-        Some(path) => {
-            let loaded = load_adapter(path, &folder.spec)?;
-            note_other_base(path, &args.model)?;
-            (loaded.adapters, loaded.values)
-        }
-        None => (Adapters::none(&folder.spec), Vec::new()),
-    };
-    // A model with a chat template is spoken to through it; a bare base continues the text.
-    let prompt = if args.chat || !(args.raw || template.is_plain()) {
-        template.encode_prompt(&tokenizer, &[Message::new("user", &args.prompt)])?
-    } else {
-        tokenizer.encode_with_special(&args.prompt)?
-    };
-    let context = folder.spec.max_positions.min(prompt.len() + args.max_new_tokens);
-    let model = Model::new(Cpu::new(), &folder, adapters, &values, context);
+    // A log that cannot be continued is found before anything is generated.
+    let log = args.audit.as_deref().map(Log::open).transpose()?;
+    let mut loaded = Loaded::open(&args.model, args.adapter.as_deref())?;
+    let layout = loaded.layout(args.raw, args.chat);
+    let prompt = layout.encode(&loaded.template, &loaded.tokenizer, &args.prompt)?;
+    let context = loaded.folder.spec.max_positions.min(prompt.len() + args.max_new_tokens);
+    let model = loaded.model(context);
     let sampling = Sampling {
         temperature: args.temperature,
         top_p: args.top_p,
@@ -78,18 +68,39 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         seed: args.seed,
     };
     let mut out = std::io::stdout().lock();
-    let mut failed = Ok(());
-    let generated =
-        generate(&model, &tokenizer, &prompt, args.max_new_tokens, sampling, |piece| {
-            if !args.json && failed.is_ok() {
+    let (mut failed, mut routing) = (Ok(()), RoutingDigest::default());
+    // Nothing leaves before its record is kept.
+    let at_once = !args.json && log.is_none();
+    let generated = generate_routed(
+        &model,
+        &loaded.tokenizer,
+        &prompt,
+        args.max_new_tokens,
+        sampling,
+        |piece| {
+            if at_once && failed.is_ok() {
                 failed = write!(out, "{piece}").and_then(|()| out.flush());
             }
-        })?;
+        },
+        |places| {
+            if log.is_some() {
+                routing.see(places);
+            }
+        },
+    )?;
     failed?;
+    if let Some(log) = &log {
+        let made = Made::of(&args.model, args.adapter.as_deref())?;
+        let max_new_tokens = args.max_new_tokens;
+        let asked = Asked { prompt: &args.prompt, ids: &prompt, layout, max_new_tokens, sampling };
+        let record = Record::new(now(), made, &asked, &generated, routing, args.audit_text);
+        let head = log.append(record)?;
+        eprintln!("audit: record {}, head {}", head.number, head.hash);
+    }
     if args.json {
         writeln!(out, "{}", serde_json::to_string(&generated)?)?;
     } else {
-        writeln!(out)?;
+        writeln!(out, "{}", if at_once { "" } else { &generated.text })?;
     }
     Ok(())
 }

@@ -3,6 +3,8 @@
 // A program's output is its interface.
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
+mod audit;
+mod clock;
 mod demo;
 mod distill;
 mod doctor;
@@ -13,6 +15,7 @@ mod import;
 mod inspect;
 mod interrupt;
 mod merge;
+mod models;
 mod progress;
 mod table;
 mod train;
@@ -37,6 +40,8 @@ enum Command {
     Train(train::Args),
     /// Continue a prompt with a model and, if given, an adapter
     Generate(generate::Args),
+    /// Check the log of generations that `generate --audit` keeps
+    Audit(audit::Args),
     /// Fit the best LoRA of a given rank to an adapter, for servers that know only LoRA
     DistillLora(distill::Args),
     /// Look at model, adapter, data and machine before anything long starts
@@ -60,6 +65,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
+        Command::Audit(args) => return ended(audit::run(&args)),
         Command::DistillLora(args) => distill::run(&args),
         Command::Doctor(args) => doctor::run(&args),
         Command::Grow(args) => grow::run(&args),
@@ -68,8 +74,13 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
+    ended(result.map(|()| ExitCode::SUCCESS))
+}
+
+/// The exit code, with an error told.
+fn ended(result: anyhow::Result<ExitCode>) -> ExitCode {
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::from(exit_code(&error))

@@ -125,6 +125,13 @@ impl Observer for Progress {
     }
 }
 
+/// A bar for `len` pieces of work that are alike, with the time left.
+pub(crate) fn bar(label: &str, len: usize) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} {pos} of {len} {wide_bar} {eta} left")
+        .unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(len as u64).with_style(style).with_prefix(label.to_owned())
+}
+
 /// Losses as a line of blocks, the highest the tallest.
 fn curve(losses: &VecDeque<f64>) -> String {
     const BLOCKS: [char; 8] = [

@@ -4,12 +4,13 @@ use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::tokenizer::Tokenizer;
 use rand::RngExt;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+use smore::kernel::Routing;
 use smore::rng::{Purpose, stream};
 use smore_engine::Cpu;
 
 /// How the next token is picked.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Sampling {
     /// 0 always takes the likeliest token; 1 samples from the model's distribution.
     pub temperature: f64,
@@ -22,7 +23,7 @@ pub struct Sampling {
 }
 
 /// Why generation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FinishReason {
     /// The model wrote an end token.
@@ -54,7 +55,24 @@ pub fn generate(
     prompt: &[u32],
     max_new_tokens: usize,
     sampling: Sampling,
+    piece: impl FnMut(&str),
+) -> Result<Generated> {
+    generate_routed(model, tokenizer, prompt, max_new_tokens, sampling, piece, |_| {})
+}
+
+/// As [`generate`], showing `routed` the routing of every run of tokens that the model reads, in
+/// the order of the adapters: first the prompt, then each new token but the last.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_routed(
+    model: &Model<Cpu<f32>>,
+    tokenizer: &Tokenizer,
+    prompt: &[u32],
+    max_new_tokens: usize,
+    sampling: Sampling,
     mut piece: impl FnMut(&str),
+    mut routed: impl FnMut(&[Option<Routing<f32>>]),
 ) -> Result<Generated> {
     if prompt.is_empty() {
         return Err(Error::Run("the prompt has no token; give a text to continue".into()));
@@ -76,7 +94,8 @@ pub fn generate(
     };
     let mut pending = prompt.to_vec();
     while out.ids.len() < max_new_tokens && cache.len() + pending.len() <= model.context {
-        let logits = model.extend(&pending, &mut cache);
+        let (logits, routing) = model.extend_routed(&pending, &mut cache);
+        routed(&routing);
         let id = pick(&logits, sampling, out.ids.len());
         if tokenizer.stop_ids().contains(&id) {
             out.finish_reason = FinishReason::Stop;

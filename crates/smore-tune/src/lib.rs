@@ -1,5 +1,6 @@
 //! Fine-tuning of frozen Hugging Face models with the adapters of [`smore`].
 
+pub mod audit;
 mod batching;
 pub mod checkpoint;
 pub mod config;

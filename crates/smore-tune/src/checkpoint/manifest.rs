@@ -182,12 +182,13 @@ pub fn sha256(path: &Path) -> Result<String> {
             n => hasher.update(&piece[..n]),
         }
     }
-    let mut hex = String::new();
-    for byte in hasher.finalize() {
-        hex.push(char::from_digit(u32::from(byte >> 4), 16).expect("four bits"));
-        hex.push(char::from_digit(u32::from(byte & 15), 16).expect("four bits"));
-    }
-    Ok(hex)
+    Ok(hex(&hasher.finalize()))
+}
+
+/// Bytes in hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    let digit = |x: u8| char::from_digit(u32::from(x), 16).expect("four bits");
+    bytes.iter().flat_map(|&byte| [digit(byte >> 4), digit(byte & 15)]).collect()
 }
 
 #[cfg(test)]

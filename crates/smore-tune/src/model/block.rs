@@ -27,10 +27,17 @@ pub struct BlockSaved<D: AdapterKernels> {
 impl<D: AdapterKernels> BlockSaved<D> {
     /// Routing of the adapters, in the order of their slots.
     pub(super) fn into_routing(self) -> Vec<Option<Routing<D::Elem>>> {
-        let maps = self.attention.adapters.into_iter().chain(self.ffn.adapters).flatten();
-        let ffn = self.ffn.mix.map(|saved| Some(saved.routing));
-        maps.map(AnySaved::into_routing).chain(ffn).collect()
+        routing_of(self.attention, self.ffn)
     }
+}
+
+fn routing_of<D: AdapterKernels>(
+    attention: Attention<D>,
+    ffn: Ffn<D>,
+) -> Vec<Option<Routing<D::Elem>>> {
+    let maps = attention.adapters.into_iter().chain(ffn.adapters).flatten();
+    let mix = ffn.mix.map(|saved| Some(saved.routing));
+    maps.map(AnySaved::into_routing).chain(mix).collect()
 }
 
 /// What a norm's backward pass needs.
@@ -242,7 +249,7 @@ impl<D: AdapterKernels> Model<D> {
         Some(BlockSaved { x: input?, k, v, attention, middle: middle?, ffn })
     }
 
-    /// Runs block `b` over tokens that follow what the cache holds.
+    /// Runs block `b` over tokens that follow what the cache holds, and returns their routing.
     pub(super) fn block_extend(
         &self,
         b: usize,
@@ -251,12 +258,12 @@ impl<D: AdapterKernels> Model<D> {
         positions: &[u32],
         mode: Mode,
         cache: &mut KvCache<D>,
-    ) {
+    ) -> Vec<Option<Routing<D::Elem>>> {
         let rows = cache.len..cache.len + positions.len();
         debug_assert!(rows.end <= cache.context && cache.width > 0);
         let (k, v) = &mut cache.blocks[b];
-        self.attention(b, x, shape, positions, mode, (k, v), rows);
-        self.ffn(b, x, mode);
+        let attention = self.attention(b, x, shape, positions, mode, (k, v), rows);
+        routing_of(attention, self.ffn(b, x, mode))
     }
 
     pub(super) fn copy(&self, x: &D::Buf) -> D::Buf {

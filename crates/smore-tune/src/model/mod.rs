@@ -399,22 +399,34 @@ impl<D: AdapterKernels> Model<D> {
     /// # Panics
     /// If the sequence grows beyond the model's context: callers stop before.
     pub fn extend(&self, ids: &[u32], cache: &mut KvCache<D>) -> Vec<D::Elem> {
+        self.extend_routed(ids, cache).0
+    }
+
+    /// As [`Model::extend`], with the routing of `ids` in the order of the adapters.
+    ///
+    /// # Panics
+    /// As [`Model::extend`].
+    pub fn extend_routed(
+        &self,
+        ids: &[u32],
+        cache: &mut KvCache<D>,
+    ) -> (Vec<D::Elem>, Vec<Option<Routing<D::Elem>>>) {
         let (n, start) = (ids.len(), cache.len());
         assert!(n > 0 && start + n <= self.context, "sequence of {} tokens", start + n);
         let positions: Vec<u32> = (start as u32..(start + n) as u32).collect();
         let span = Span { q_start: 0, q_len: n, k_start: 0, k_len: start + n };
         let mut x = self.embed(ids);
-        let mode = Mode::plain();
+        let (mode, mut routing) = (Mode::plain(), Vec::new());
         for b in 0..self.spec.blocks {
             let shape = self.shape_of(vec![span], b);
-            self.block_extend(b, &mut x, &shape, &positions, mode, cache);
+            routing.extend(self.block_extend(b, &mut x, &shape, &positions, mode, cache));
         }
         cache.grow(n);
         let hidden = self.spec.hidden;
         let mut last = self.device.zeros(hidden);
         let row = View::new(&x, n * hidden).at((n - 1) * hidden..n * hidden);
         self.device.add(row, ViewMut::new(&mut last, hidden));
-        self.logits_of(&last, 1)
+        (self.logits_of(&last, 1), routing)
     }
 
     /// An empty cache for this model's context.
