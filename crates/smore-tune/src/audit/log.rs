@@ -117,8 +117,7 @@ fn line(record: &Record) -> Result<(String, String)> {
         .map_err(|e| Error::Run(format!("the record cannot be written as JSON: {e}")))?;
     text.pop();
     let hash = hex(&Sha256::digest(text.as_bytes()));
-    text.push_str(&format!("{HASH}{hash}\"}}\n"));
-    Ok((text, hash))
+    Ok((format!("{text}{HASH}{hash}\"}}\n"), hash))
 }
 
 /// A line's record and hash, or what is wrong with it.

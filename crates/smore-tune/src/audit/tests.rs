@@ -51,7 +51,7 @@ fn any_flipped_byte_is_found() {
         let mut changed = bytes.clone();
         changed[at] ^= 1;
         std::fs::write(&path, &changed).unwrap();
-        let line = 1 + bytes[..at].iter().filter(|&&b| b == b'\n').count();
+        let line = bytes[..at].split(|&b| b == b'\n').count();
         let faults = read(&path).unwrap().faults;
         assert!(faults.first().is_some_and(|f| f.line == line), "byte {at}: {faults:?}");
     }

@@ -52,6 +52,9 @@ pub struct Model<D: AdapterKernels> {
 /// A function of block, map, the map's input `[n, d_in]` and the adapter's output `[n, d_out]`.
 pub(crate) type Tap<D> = Box<dyn Fn(usize, Proj, View<D>, View<D>) + Send + Sync>;
 
+/// Routing of every adapted place, in the order of the adapters; none for LoRA.
+pub type Routings<D> = Vec<Option<Routing<<D as smore_engine::Device>::Elem>>>;
+
 /// What a step keeps of a block until its backward pass.
 enum Kept<D: AdapterKernels> {
     All(Box<BlockSaved<D>>),
@@ -410,7 +413,7 @@ impl<D: AdapterKernels> Model<D> {
         &self,
         ids: &[u32],
         cache: &mut KvCache<D>,
-    ) -> (Vec<D::Elem>, Vec<Option<Routing<D::Elem>>>) {
+    ) -> (Vec<D::Elem>, Routings<D>) {
         let (n, start) = (ids.len(), cache.len());
         assert!(n > 0 && start + n <= self.context, "sequence of {} tokens", start + n);
         let positions: Vec<u32> = (start as u32..(start + n) as u32).collect();
