@@ -125,11 +125,15 @@ impl Shape {
         })
     }
 
+    /// Weights of a block's frozen linear maps.
+    pub(crate) fn block_weights(&self) -> usize {
+        let attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads);
+        attention + 3 * self.hidden * self.intermediate
+    }
+
     /// Weights of all frozen linear maps, the output head included.
     pub(crate) fn linear_weights(&self) -> usize {
-        let attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads);
-        let ffn = 3 * self.hidden * self.intermediate;
-        self.blocks * (attention + ffn) + self.vocabulary * self.hidden
+        self.blocks * self.block_weights() + self.vocabulary * self.hidden
     }
 }
 

@@ -73,6 +73,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     println!("{threads} threads, medians of {rounds} runs by turns");
     suite.gemm()?;
     suite.layer()?;
+    suite.blocks()?;
     suite.training_steps()?;
     suite.length()?;
     if !args.quick {
@@ -168,6 +169,36 @@ impl Suite<'_> {
         self.figure("smore_layer_bytes_per_token", bytes);
         self.ratio("smore_to_lora_same_rank", Some(all[2].seconds / all[1].seconds));
         self.ratio("smore_plus_linear_to_linear", Some(all[2].seconds / all[0].seconds));
+        Ok(())
+    }
+
+    /// One block, forward and backward: what a second block adds to a step, since the lowest passes
+    /// no slopes on.
+    fn blocks(&mut self) -> Result<()> {
+        println!("\nOne block with S'MoRE on its FFN, forward and backward, weights in bf16");
+        let sizes =
+            [("512", Shape::PILOT, 4), ("512", Shape::PILOT, 1), ("2048", Shape::LLAMA_1B, 1)];
+        for (width, shape, batch) in sizes {
+            let step = self.step_case(Adapter::Smore, Precision::Bfloat16, 128);
+            let tokens = (batch * step.length) as f64;
+            let workers = [1, 2].map(|blocks| {
+                let shape = Shape { blocks, vocabulary: 256, ..shape };
+                Worker::ours(&Case::Step(Step { shape, batch, ..step.clone() }))
+            });
+            let workers = workers.into_iter().collect::<Result<Vec<_>>>()?;
+            let all = by_turns(workers, self.rounds)?;
+            let (seconds, beyond) =
+                (all[1].seconds - all[0].seconds, all[1].beyond - all[0].beyond);
+            let rate = 4.0 * tokens * shape.block_weights() as f64 / seconds / 1e9;
+            println!(
+                "  width {width:>4}, {tokens:4} tokens {:7.1} ms, {:.1} KB a token, frozen products \
+                 at {:.0}% of the ceiling",
+                seconds * 1e3,
+                beyond / tokens / 1e3,
+                rate / self.ceiling[1] * 100.0
+            );
+            self.figure(&format!("block_{width}_{tokens}_us_per_token"), seconds / tokens * 1e6);
+        }
         Ok(())
     }
 

@@ -14,6 +14,7 @@ use crate::router::{self, BalanceSlopes, Gate, LayerStats, noisy};
 use crate::spec::SmoreSpec;
 use crate::tree::ResidualTree;
 use rayon::prelude::*;
+use smore_engine::cpu::chosen_rows;
 use smore_engine::{Cpu, Device, Float, View, ViewMut};
 
 /// Tokens whose intermediate values are alive at once, per thread.
@@ -141,6 +142,18 @@ pub trait AdapterKernels: Device {
         hidden: ViewMut<Self>,
     ) -> Routing<Self::Elem>;
 
+    /// [`AdapterKernels::tree_forward`] of a single token from its input `x [d_in]`, for routers
+    /// that work from the top: computes the router's part of `z [stack_width]`, then that of the
+    /// chosen experts. The other experts' weights are not read, and their part of z is 0.
+    fn token_forward(
+        &self,
+        pass: &Pass<Self::Elem>,
+        params: View<Self>,
+        x: View<Self>,
+        z: ViewMut<Self>,
+        hidden: ViewMut<Self>,
+    ) -> Routing<Self::Elem>;
+
     /// Backward of [`AdapterKernels::tree_forward`] on the same trees, for the tokens from `first`
     /// on that `z`, `dz` and `hidden` hold. Adds parameter gradients to `grads` (the adapter's
     /// run), overwrites `dz`, and turns the slopes in `hidden` into the embedding itself. Slopes
@@ -184,23 +197,77 @@ pub(crate) fn forward_block<T: Float>(
         let (routed, layers) = router::bottom_up::forward(core, n, z, &mut tree, keep);
         return Block { tree, routed, layers };
     }
-    let mut routed: Vec<_> = (0..spec.depth())
+    let routed = route_down(core, pass, first, n, view, &mut tree, keep);
+    let layers = propagate_up(core, n, z, &tree);
+    Block { tree, routed, layers }
+}
+
+/// Routes a block from the top layer down; `view` starts at the router's columns of z.
+fn route_down<T: Float>(
+    core: &Core<T>,
+    pass: &Pass<T>,
+    first: usize,
+    n: usize,
+    view: &[T],
+    tree: &mut ResidualTree<T>,
+    keep: bool,
+) -> Vec<router::Routed<T>> {
+    let mut routed: Vec<_> = (0..core.spec.depth())
         .rev()
         .map(|l| {
             let noise = pass.noise.map(|noise| {
-                let width = spec.layers[l].parents * spec.layers[l].experts;
+                let width = core.spec.layers[l].parents * core.spec.layers[l].experts;
                 &noise.layers[l][first * width..(first + n) * width]
             });
-            router::route(core, l, n, view, noise, &mut tree, keep)
+            router::route(core, l, n, view, noise, tree, keep)
         })
         .collect();
     routed.reverse();
-    let mut layers = Vec::with_capacity(spec.depth());
-    for l in 0..spec.depth() {
-        let values = propagate::forward(core, l, n, z, &tree, layers.last());
+    routed
+}
+
+/// Propagates a block through its trees, leaves first.
+fn propagate_up<T: Float>(
+    core: &Core<T>,
+    n: usize,
+    z: &[T],
+    tree: &ResidualTree<T>,
+) -> Vec<propagate::LayerValues<T>> {
+    let mut layers = Vec::with_capacity(core.spec.depth());
+    for l in 0..core.spec.depth() {
+        let values = propagate::forward(core, l, n, z, tree, layers.last());
         layers.push(values);
     }
-    Block { tree, routed, layers }
+    layers
+}
+
+/// Rows of the stacked matrix that belong to the experts in `tree`, in order.
+fn chosen_stack_rows<T>(spec: &SmoreSpec, tree: &ResidualTree<T>) -> Vec<usize> {
+    let mut rows: Vec<usize> = Vec::new();
+    for (layer, chosen) in spec.layers.iter().zip(&tree.layers) {
+        for &expert in &chosen.expert_idx {
+            let first = layer.stack_start + usize::from(expert) * layer.rank;
+            rows.extend(first..first + layer.rank);
+        }
+    }
+    rows.sort_unstable();
+    rows.dedup();
+    rows
+}
+
+/// Joins the blocks' trees and statistics, in the order of their tokens.
+fn join<T: Float>(spec: &SmoreSpec, parts: &[(ResidualTree<T>, Vec<LayerStats>)]) -> Routing<T> {
+    let mut tree = ResidualTree::zeros(spec, 0);
+    let mut stats: Vec<_> = spec.layers.iter().map(|l| LayerStats::new(l.experts)).collect();
+    for (part, part_stats) in parts {
+        tree.extend(part);
+        for (sum, part) in stats.iter_mut().zip(part_stats) {
+            sum.add(part);
+        }
+    }
+    let (balance_losses, slopes) =
+        stats.iter().map(|s| router::balance(spec.gate.kind, spec.gate.balance_weight, s)).unzip();
+    Routing { tree, stats, balance_losses, slopes }
 }
 
 /// Output of every layer for a batch already routed: `[n * F_{l+1}, d_{l+1}]`, leaves first. Slow
@@ -248,20 +315,41 @@ impl<T: Float> AdapterKernels for Cpu<T> {
                 (block.tree, stats)
             })
             .collect();
-        let mut tree = ResidualTree::zeros(spec, 0);
-        let mut stats: Vec<_> = spec.layers.iter().map(|l| LayerStats::new(l.experts)).collect();
-        for (part, part_stats) in &parts {
-            tree.extend(part);
-            for (sum, part) in stats.iter_mut().zip(part_stats) {
-                sum.add(part);
+        let routing = join(spec, &parts);
+        debug_assert_eq!(routing.tree.layers[0].expert_idx.len(), n * spec.layers[0].nodes);
+        routing
+    }
+
+    fn token_forward(
+        &self,
+        pass: &Pass<T>,
+        params: View<Self>,
+        x: View<Self>,
+        z: ViewMut<Self>,
+        hidden: ViewMut<Self>,
+    ) -> Routing<T> {
+        let (spec, params) = (pass.spec, Self::slice(params));
+        let core = Core::new(spec, pass.layout, params);
+        let (x, z) = (Self::slice(x), Self::slice_mut(z));
+        let biases = &params[pass.layout.stack_bias..];
+        let project = |rows: &[usize], z: &mut [T]| {
+            let mut products = vec![T::ZERO; rows.len()];
+            chosen_rows(params, rows, x, &mut products);
+            for (&row, product) in rows.iter().zip(products) {
+                z[row] = product + biases[row];
             }
-        }
-        debug_assert_eq!(tree.layers[0].expert_idx.len(), n * spec.layers[0].nodes);
-        let (balance_losses, slopes) = stats
-            .iter()
-            .map(|s| router::balance(spec.gate.kind, spec.gate.balance_weight, s))
-            .unzip();
-        Routing { tree, stats, balance_losses, slopes }
+        };
+        z.fill(T::ZERO);
+        let ranks = spec.stacked_ranks();
+        project(&(ranks..spec.stack_width()).collect::<Vec<_>>(), z);
+        let mut tree = ResidualTree::zeros(spec, 1);
+        let routed = route_down(&core, pass, 0, 1, &z[ranks..], &mut tree, false);
+        project(&chosen_stack_rows(spec, &tree), z);
+        let layers = propagate_up(&core, 1, z, &tree);
+        Self::slice_mut(hidden).copy_from_slice(&layers[spec.depth() - 1].hidden);
+        let block = Block { tree, routed, layers };
+        let stats = block_stats(&core, &block, pass.valid);
+        join(spec, &[(block.tree, stats)])
     }
 
     fn tree_backward(

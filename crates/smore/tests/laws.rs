@@ -256,6 +256,29 @@ fn config(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
+/// A token alone has in z what the batch computed for its router and its experts. Routed from the
+/// top, it leaves the other experts' weights unread: 0.
+fn check_own_part(
+    smore: &Smore,
+    own: &Saved,
+    together: &[f64],
+    bottom_up: bool,
+) -> Result<(), TestCaseError> {
+    let spec = &smore.spec;
+    let mut read = vec![bottom_up; spec.stack_width()];
+    read[spec.stacked_ranks()..].fill(true);
+    for (layer, tree) in spec.layers.iter().zip(&own.routing.tree.layers) {
+        for &expert in &tree.expert_idx {
+            let first = layer.stack_start + usize::from(expert) * layer.rank;
+            read[first..first + layer.rank].fill(true);
+        }
+    }
+    let pairs = together.iter().zip(read);
+    let want: Vec<f64> = pairs.map(|(&z, read)| if read { z } else { 0.0 }).collect();
+    prop_assert!(same(&own.z, &want, 1e-12), "{:?} against {want:?}", own.z);
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(config(48))]
 
@@ -390,6 +413,8 @@ proptest! {
                 prop_assert_eq!(&own.source, &together.source);
                 prop_assert!(same(&own.gate_weight, &together.gate_weight, 1e-12));
             }
+            let z = &saved.z[t * smore.spec.stack_width()..][..smore.spec.stack_width()];
+            check_own_part(&smore, &own, z, bottom_up)?;
         }
     }
 

@@ -18,6 +18,7 @@ mod rows;
 mod simd;
 
 pub use gemm::{Strided, StridedMut, gemm};
+pub use linear::chosen_rows;
 pub use simd::{dot, simd};
 
 use crate::{

@@ -11,7 +11,7 @@
 use super::NoiseKey;
 use crate::rng::{Purpose, stream};
 use rand::Rng;
-use smore_engine::{Device, Dropout, View, ViewMut};
+use smore_engine::{Device, Dropout, MatrixRef, View, ViewMut};
 
 /// Dropout in a training step.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,8 +68,7 @@ impl Stack {
         let mut z = device.zeros(n * rows);
         let mut z_view = ViewMut::new(&mut z, n * rows);
         let Some(dropout) = dropout else {
-            let stack = stack.mat(rows, d_in);
-            device.gemm(1.0, x.mat(n, d_in), stack.t(), 0.0, z_view.mat(n, rows));
+            device.linear(x, MatrixRef::Trained(stack, rows, d_in), z_view, n, false);
             return z;
         };
         let mut dropped = device.zeros(x.len);

@@ -5,6 +5,9 @@
 //! hidden = tree_forward(z)                            [n, d_L]
 //! y     += W_proj hidden + bias_proj
 //! ```
+//!
+//! A single token, as in decoding, reads the rows of D and of the experts it chooses, not the whole
+//! stack.
 
 use super::dropout::{InputDropout, Stack};
 use super::{Adapter, MapAdapter, Mode, Noise};
@@ -14,7 +17,7 @@ use crate::kernel::{AdapterKernels, GateNoise, Pass, Routing};
 use crate::layout::{Param, SmoreLayout};
 use crate::spec::SmoreSpec;
 use rand::Rng;
-use smore_engine::{View, ViewMut};
+use smore_engine::{MatrixRef, View, ViewMut};
 
 /// Tokens of a backward pass whose slopes are alive at once: they are short-lived, and there are
 /// long sequences.
@@ -30,7 +33,7 @@ pub struct Smore {
 
 /// The stacked projection and the routing: the rest is computed again.
 pub struct SmoreSaved<D: AdapterKernels> {
-    /// `[n, stack_width]`
+    /// `[n, stack_width]`; of a single token, 0 where an expert was not chosen.
     pub z: D::Buf,
     /// Trees, statistics and balance losses.
     pub routing: Routing<D::Elem>,
@@ -60,14 +63,22 @@ impl Smore {
     ) -> SmoreSaved<D> {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
-        let z = self.project(device, dropout, params, x, n);
         let mut hidden = device.zeros(n * root);
         let pass = Pass { spec, layout, valid, noise };
         let target = ViewMut::new(&mut hidden, n * root);
-        let routing = device.tree_forward(&pass, params, View::new(&z, n * width), target);
-        let out = params.at(layout.output_proj..layout.output_bias).mat(spec.d_out, root);
-        let hidden = View::new(&hidden, n * root).mat(n, root);
-        device.gemm(1.0, hidden, out.t(), 1.0, y.rb().mat(n, spec.d_out));
+        let (z, routing) = if n == 1 && dropout.is_none() && !spec.bottom_up() {
+            let mut z = device.zeros(width);
+            let z_view = ViewMut::new(&mut z, width);
+            let routing = device.token_forward(&pass, params, x, z_view, target);
+            (z, routing)
+        } else {
+            let z = self.project(device, dropout, params, x, n);
+            let routing = device.tree_forward(&pass, params, View::new(&z, n * width), target);
+            (z, routing)
+        };
+        let out = params.at(layout.output_proj..layout.output_bias);
+        let out = MatrixRef::Trained(out, spec.d_out, root);
+        device.linear(View::new(&hidden, n * root), out, y.rb(), n, true);
         device.add_row(params.at(layout.output_bias..layout.core), y);
         SmoreSaved { z, routing }
     }
