@@ -14,10 +14,12 @@ use smore::targets::Targets;
 use crate::error::{Error, Result};
 
 mod foreign;
+mod source;
 mod train;
 mod yaml;
 
 pub(crate) use foreign::advice;
+pub use source::{Columns, Format, SourceConfig, Tags, ValidationConfig};
 pub use train::{BalanceReduction, LrScheduler, RouterLr, SchedulerKwargs, TrainConfig};
 
 /// One training run, as the user wrote it and with the defaults filled in.
@@ -110,62 +112,6 @@ pub struct DataConfig {
     /// Longest sample in tokens; what is beyond is cut from the end.
     #[serde(default = "default_cutoff_len")]
     pub cutoff_len: usize,
-}
-
-/// One data file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SourceConfig {
-    /// A `.json`, `.jsonl` or `.txt` file.
-    pub path: PathBuf,
-    /// Its format; detected from the first record where absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
-}
-
-/// How the records of a data file are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Format {
-    /// `{instruction, output, input?, system?, history?}`
-    Alpaca,
-    /// `{messages: [{role, content}]}`
-    Messages,
-    /// `{prompt, completion}`, each a string or a list of messages.
-    PromptCompletion,
-    /// `{text}`, or a whole `.txt` file: continued language modelling.
-    Text,
-}
-
-impl fmt::Display for Format {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Alpaca => "alpaca",
-            Self::Messages => "messages",
-            Self::PromptCompletion => "prompt_completion",
-            Self::Text => "text",
-        })
-    }
-}
-
-/// Where the held-out samples come from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct ValidationConfig {
-    /// Share of the training records to hold out; not used where `path` is given.
-    pub fraction: f64,
-    /// A file of held-out samples; wins over `fraction`.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub path: Option<PathBuf>,
-    /// Format of that file; detected where absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
-}
-
-impl Default for ValidationConfig {
-    fn default() -> Self {
-        Self { fraction: 0.1, path: None, format: None }
-    }
 }
 
 fn default_cutoff_len() -> usize {
@@ -264,6 +210,9 @@ pub(crate) fn read_text(path: &Path, what: &str) -> Result<String> {
 impl DataConfig {
     fn validate(&self) -> std::result::Result<(), String> {
         check(!self.train.is_empty(), "data.train", "empty", "at least one {path: FILE}")?;
+        for (i, source) in self.train.iter().enumerate() {
+            source.validate(&format!("data.train[{i}]"))?;
+        }
         let fraction = self.validation.fraction;
         check(
             (0.0..1.0).contains(&fraction),
@@ -271,11 +220,7 @@ impl DataConfig {
             fraction,
             "a number from 0 to below 1",
         )?;
-        if self.validation.format.is_some() && self.validation.path.is_none() {
-            return Err("data.validation.format is given without data.validation.path; \
-                        expected both or neither"
-                .into());
-        }
+        self.validation.validate()?;
         if let Some(n) = self.max_samples {
             check(n > 0, "data.max_samples", n, "at least 1, or null for no limit")?;
         }

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use minijinja::{Environment, ErrorKind, Value as Jinja, context};
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::tokenizer::{Tokenizer, read_json};
@@ -31,17 +32,27 @@ pub struct Message {
     pub role: String,
     /// Its text.
     pub content: String,
+    /// Whether it is trained, if it is an answer.
+    pub trained: bool,
+    /// What else a template may read: `tool_calls`, `tool_call_id`, `name`.
+    pub extra: Map<String, Value>,
 }
 
 impl Message {
     /// A message of `role`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
+        let (role, content) = (role.into(), content.into());
+        Self { role, content, trained: true, extra: Map::new() }
     }
 
     /// Whether the assistant says it.
     pub fn is_answer(&self) -> bool {
         self.role == ASSISTANT
+    }
+
+    /// The tools it calls.
+    fn calls(&self) -> Option<&Value> {
+        self.extra.get("tool_calls")
     }
 }
 
@@ -144,8 +155,10 @@ impl Template {
     /// the end.
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let text = match &self.kind {
-            Kind::Plain => self.render_plain(messages).0,
-            Kind::Jinja(jinja) => self.render_jinja(jinja, messages, add_generation_prompt)?,
+            Kind::Plain => self.render_plain(messages, None).0,
+            Kind::Jinja(jinja) => {
+                self.render_jinja(jinja, messages, None, add_generation_prompt)?
+            }
         };
         Ok(without_marks(&text))
     }
@@ -168,6 +181,19 @@ impl Template {
     /// The conversation has no answer, or the template changes an answer so much that it cannot be
     /// found again.
     pub fn render_training(&self, messages: &[Message]) -> Result<(String, Vec<Range<usize>>)> {
+        self.render_training_with(messages, None)
+    }
+
+    /// As [`Template::render_training`], for a conversation that may use `tools`, a list as chat
+    /// templates expect it. The plain form writes them and calls of them as JSON, each on a line.
+    ///
+    /// # Errors
+    /// Also where a chat template passes over the tools or over a message.
+    pub fn render_training_with(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+    ) -> Result<(String, Vec<Range<usize>>)> {
         let Some(last) = messages.iter().rposition(Message::is_answer) else {
             return Err(self.error(
                 "the conversation has no assistant message, so there is nothing to learn; add one \
@@ -181,23 +207,68 @@ impl Template {
                  while rendering; remove it",
             ));
         }
-        match &self.kind {
-            Kind::Plain => Ok(self.render_plain(messages)),
+        let (text, ranges) = match &self.kind {
+            Kind::Plain => return Ok(self.render_plain(messages, tools)),
             Kind::Jinja(jinja) if jinja.marks_answers => {
-                let marked = self.render_jinja(jinja, messages, false)?;
+                let marked = self.render_jinja(jinja, messages, tools, false)?;
                 let ranges = marked_ranges(&marked, TRAINED_START, TRAINED_END);
-                Ok((without_marks(&marked), ranges))
+                (without_marks(&marked), ranges)
             }
-            Kind::Jinja(jinja) => self.find_answers(jinja, messages),
-        }
+            Kind::Jinja(jinja) => self.find_answers(jinja, messages, tools)?,
+        };
+        self.check_complete(&text, messages, tools)?;
+        Ok((text, ranges))
     }
 
-    fn render_plain(&self, messages: &[Message]) -> (String, Vec<Range<usize>>) {
-        let mut text = String::new();
+    /// A template must not pass over what the data has.
+    fn check_complete(
+        &self,
+        text: &str,
+        messages: &[Message],
+        tools: Option<&Value>,
+    ) -> Result<()> {
+        let says = |part: &str| {
+            let part = part.trim();
+            let json = Value::from(part).to_string();
+            text.contains(part) || text.contains(&json[1..json.len() - 1])
+        };
+        for (i, message) in messages.iter().enumerate() {
+            if !message.is_answer() && !says(&message.content) {
+                return Err(self.error(&format!(
+                    "passes over message {i} of the conversation, of role `{}`; use a template that \
+                     knows this role, or take such messages out",
+                    message.role
+                )));
+            }
+            if message.calls().is_some_and(|calls| !names(calls).all(&says)) {
+                return Err(self.error(&format!(
+                    "passes over the tool calls of message {i} of the conversation; use a template \
+                     that knows tool_calls, or take such conversations out"
+                )));
+            }
+        }
+        if tools.is_some_and(|tools| !names(tools).all(says)) {
+            return Err(self.error(
+                "passes over the tools of the conversation; use a template that knows tools, or \
+                 leave the field out with columns: {tools: null}",
+            ));
+        }
+        Ok(())
+    }
+
+    fn render_plain(
+        &self,
+        messages: &[Message],
+        tools: Option<&Value>,
+    ) -> (String, Vec<Range<usize>>) {
+        let mut text = tools.map_or_else(String::new, |tools| format!("{tools}\n"));
         let mut answers = Vec::new();
         for (i, message) in messages.iter().enumerate() {
             let start = text.len();
             text.push_str(&message.content);
+            if let Some(calls) = message.calls() {
+                text.push_str(&calls.to_string());
+            }
             if message.is_answer() {
                 text.push_str(&self.eos_token);
                 answers.push(start..text.len());
@@ -213,18 +284,24 @@ impl Template {
         &self,
         jinja: &JinjaTemplate,
         messages: &[Message],
+        tools: Option<&Value>,
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let messages: Vec<Jinja> = messages
-            .iter()
-            .map(|m| context! { role => m.role.as_str(), content => m.content.as_str() })
-            .collect();
+        let one = |m: &Message| {
+            let message = context! { role => m.role.as_str(), content => m.content.as_str() };
+            if m.extra.is_empty() {
+                return message;
+            }
+            let extra = m.extra.iter().map(|(key, value)| (key.as_str(), jinja::value(value)));
+            context! { ..message, ..Jinja::from_pairs(extra) }
+        };
+        let messages: Vec<Jinja> = messages.iter().map(one).collect();
         let context = context! {
             messages => messages,
             add_generation_prompt => add_generation_prompt,
             bos_token => self.bos_token.as_str(),
             eos_token => self.eos_token.as_str(),
-            tools => Jinja::from(()),
+            tools => tools.map_or_else(|| Jinja::from(()), jinja::value),
             documents => Jinja::from(()),
         };
         jinja
@@ -240,10 +317,14 @@ impl Template {
         &self,
         jinja: &JinjaTemplate,
         messages: &[Message],
+        tools: Option<&Value>,
     ) -> Result<(String, Vec<Range<usize>>)> {
-        let text = without_marks(&self.render_jinja(jinja, messages, false)?);
+        if messages.iter().any(|message| message.calls().is_some()) {
+            return self.find_calls(jinja, messages, tools);
+        }
+        let text = without_marks(&self.render_jinja(jinja, messages, tools, false)?);
         let marked: Vec<Message> = messages.iter().map(mark_answer).collect();
-        let marked = self.render_jinja(jinja, &marked, false)?;
+        let marked = self.render_jinja(jinja, &marked, tools, false)?;
         let ends = mark_places(&marked, ANSWER_END);
         let answers: Vec<usize> =
             (0..messages.len()).filter(|&i| messages[i].is_answer()).collect();
@@ -258,7 +339,7 @@ impl Template {
         let end_of_turn = self.end_of_turn(jinja, &text[*ends.last().unwrap_or(&text.len())..]);
         let mut ranges = Vec::with_capacity(answers.len());
         for (nth, (&i, &end)) in answers.iter().zip(&ends).enumerate() {
-            let prompt = without_marks(&self.render_jinja(jinja, &messages[..i], true)?);
+            let prompt = without_marks(&self.render_jinja(jinja, &messages[..i], tools, true)?);
             let content = starts.get(nth).copied().filter(|_| starts.len() == ends.len());
             // A prompt that opens a thought, say, does not occur in front of a plain answer.
             let start = if text.starts_with(&prompt) && prompt.len() <= content.unwrap_or(end) {
@@ -275,6 +356,32 @@ impl Template {
             let rest = &text[end..];
             let ending = if rest.starts_with(&end_of_turn) { end_of_turn.len() } else { 0 };
             ranges.push(start..end + ending);
+        }
+        Ok((text, ranges))
+    }
+
+    /// Finds the answers of a conversation with tool calls, whose texts cannot be marked: each is
+    /// what the conversation up to it has more than its prompt.
+    fn find_calls(
+        &self,
+        jinja: &JinjaTemplate,
+        messages: &[Message],
+        tools: Option<&Value>,
+    ) -> Result<(String, Vec<Range<usize>>)> {
+        let text = without_marks(&self.render_jinja(jinja, messages, tools, false)?);
+        let mut ranges = Vec::new();
+        for i in (0..messages.len()).filter(|&i| messages[i].is_answer()) {
+            let prompt = without_marks(&self.render_jinja(jinja, &messages[..i], tools, true)?);
+            let whole = without_marks(&self.render_jinja(jinja, &messages[..=i], tools, false)?);
+            let end = whole.trim_end().len();
+            if !text.starts_with(&whole[..end]) || !text.starts_with(&prompt) || prompt.len() > end
+            {
+                return Err(self.error(
+                    "an answer cannot be found in the rendered conversation with tool calls; mark \
+                     the answers in the template with {% generation %} ... {% endgeneration %}",
+                ));
+            }
+            ranges.push(prompt.len()..end);
         }
         Ok((text, ranges))
     }
@@ -310,7 +417,13 @@ fn mark_answer(message: &Message) -> Message {
         if text.is_empty() { content.len() } else { content.len() - content.trim_start().len() };
     let (space, rest) = content.split_at(before);
     let (text, tail) = rest.split_at(text.len());
-    Message::new(&message.role, format!("{space}{ANSWER_START}{text}{ANSWER_END}{tail}"))
+    let content = format!("{space}{ANSWER_START}{text}{ANSWER_END}{tail}");
+    Message { content, ..message.clone() }
+}
+
+/// The names of tools, or of the tools that are called.
+fn names(tools: &Value) -> impl Iterator<Item = &str> {
+    tools.as_array().into_iter().flatten().filter_map(|tool| tool["function"]["name"].as_str())
 }
 
 /// Where `mark` stands, counted in bytes of the text without any marks.

@@ -161,9 +161,8 @@ impl TrainedOn {
     /// # Errors
     /// If a file cannot be read any more.
     pub fn of(config: &DataConfig, report: &DataReport) -> Result<Self> {
-        let train = config.train.iter().map(|source| &source.path);
         let hash = |path: &PathBuf| Ok((path.display().to_string(), sha256(path)?));
-        let files = train.chain(&config.validation.path).map(hash).collect::<Result<_>>()?;
+        let files = crate::data::files(config)?.iter().map(hash).collect::<Result<_>>()?;
         Ok(Self { files, report: report.clone() })
     }
 }

@@ -1,20 +1,25 @@
 //! From data files to token sequences with a mask of what is trained.
 
+pub(crate) mod dataset_info;
+mod duplicates;
+mod load;
 mod read;
 mod record;
 mod tokenize;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rand::seq::SliceRandom;
-use rayon::prelude::*;
+use serde::Serialize;
 use smore::rng::{self, Purpose};
 
-use crate::config::DataConfig;
+use crate::config::{DataConfig, Format, SourceConfig};
 use crate::error::{Error, Result};
-use crate::template::Template;
-use crate::tokenizer::Tokenizer;
 
+pub use dataset_info::resolve;
+pub use duplicates::{Duplicate, duplicates};
+pub use load::{load, survey};
 pub use read::read_documents;
 pub use record::{Content, Document};
 pub use tokenize::tokenize;
@@ -23,14 +28,18 @@ pub use tokenize::tokenize;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Origin {
     /// The data file.
-    pub file: PathBuf,
+    pub file: Arc<Path>,
     /// The line on which its record starts, counted from 1.
     pub line: usize,
 }
 
 impl Origin {
     pub(crate) fn error(&self, message: impl Into<String>) -> Error {
-        Error::Data { file: self.file.clone(), line: Some(self.line), message: message.into() }
+        Error::Data {
+            file: self.file.to_path_buf(),
+            line: Some(self.line),
+            message: message.into(),
+        }
     }
 }
 
@@ -84,89 +93,96 @@ pub struct DataReport {
     pub validation_from: String,
 }
 
+/// What became of one data file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct FileReport {
+    /// The file.
+    pub path: PathBuf,
+    /// Whether it is held out as a whole.
+    pub held_out: bool,
+    /// Its format, as named or detected; absent if that failed.
+    pub format: Option<Format>,
+    /// Its records: `kept`, `not_drawn` and `dropped` add up to it.
+    pub read: usize,
+    /// Records that became samples.
+    pub kept: usize,
+    /// Records that `max_samples` left out.
+    pub not_drawn: usize,
+    /// Records that cannot be trained on, each of which stops a run.
+    pub dropped: usize,
+    /// The same, with their places.
+    pub faults: Vec<Fault>,
+    /// Samples of the kept records: several for a text, one for all others.
+    pub samples: usize,
+    /// Samples that were cut at `data.cutoff_len`.
+    pub truncated: usize,
+    /// Tokens of the samples.
+    pub tokens: usize,
+    /// Targets among them.
+    pub trained_tokens: usize,
+}
+
+/// A record that cannot be trained on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Fault {
+    /// Its line, where there is one.
+    pub line: Option<usize>,
+    /// What is wrong.
+    pub message: String,
+}
+
+/// Everything that was read, with what is wrong in it.
+#[derive(Clone, Debug)]
+pub struct Survey {
+    /// Every file, those to train on first.
+    pub files: Vec<FileReport>,
+    /// What is left to train on and to evaluate with.
+    pub data: Dataset,
+}
+
+/// Every data file of a run, those to train on first, by path.
+fn sources(config: &DataConfig) -> Result<(Vec<SourceConfig>, Option<SourceConfig>)> {
+    let train = config.train.iter().map(resolve).collect::<Result<_>>()?;
+    let held_out = config.validation.source();
+    Ok((train, held_out.as_ref().map(resolve).transpose()?))
+}
+
+/// The paths of every data file of a run, those to train on first.
+///
+/// # Errors
+/// A data set that `dataset_info.json` does not list.
+pub fn files(config: &DataConfig) -> Result<Vec<PathBuf>> {
+    let (train, held_out) = sources(config)?;
+    Ok(train.into_iter().chain(held_out).map(|source| source.path).collect())
+}
+
 /// Checks that every data file exists, before anything heavy is loaded.
 pub fn check_files(config: &DataConfig) -> Result<()> {
-    let train = config.train.iter().map(|source| (&source.path, source.format, "training data"));
-    let validation = &config.validation;
-    let held_out = validation.path.iter().map(|path| (path, validation.format, "held-out data"));
-    for (path, format, what) in train.chain(held_out) {
-        if !path.is_file() {
-            let what = format!("a file of {what} (.json, .jsonl or .txt)");
-            return Err(Error::Missing { path: path.clone(), what });
+    let (train, held_out) = sources(config)?;
+    let train = train.iter().map(|source| (source, "training data"));
+    for (source, what) in train.chain(held_out.iter().map(|source| (source, "held-out data"))) {
+        if !source.path.is_file() {
+            let what = format!("a file of {what} ({})", read::ENDINGS);
+            return Err(Error::Missing { path: source.path.clone(), what });
         }
-        read::check_kind(path, format)?;
+        read::check_kind(&source.path, source.format)?;
     }
     Ok(())
 }
 
-/// Reads, tokenizes and splits the data of a run. The same configuration, seed and files give the
-/// same samples in the same order.
-pub fn load(
-    config: &DataConfig,
-    seed: u64,
-    tokenizer: &Tokenizer,
-    template: &Template,
-) -> Result<Dataset> {
-    check_files(config)?;
-    let mut documents = Vec::new();
-    for source in &config.train {
-        documents.extend(read_documents(&source.path, source.format)?);
-    }
-    let read = documents.len();
-    let max_samples = config.max_samples.unwrap_or(usize::MAX);
-    let documents = pick(documents, max_samples, seed);
-    let tokenize_all = |documents: &[Document]| -> Result<Vec<Vec<Sample>>> {
-        // Collecting keeps the order; of several errors the one to report must be the first.
-        let samples: Vec<Result<_>> = documents
-            .par_iter()
-            .map(|document| tokenize(document, tokenizer, template, config.cutoff_len))
-            .collect();
-        samples.into_iter().collect()
-    };
-    let mut groups = tokenize_all(&documents)?;
-    if groups.len() == 1 {
-        // One long text: its pieces are the samples to pick from and to split.
-        let pieces = groups.remove(0).into_iter().map(|sample| vec![sample]).collect();
-        groups = pick(pieces, max_samples, seed);
-    }
-    let kept = groups.iter().map(Vec::len).sum();
-
-    let (train, validation, validation_from) = if let Some(path) = &config.validation.path {
-        let held_out = read_documents(path, config.validation.format)?;
-        (groups, tokenize_all(&held_out)?, path.display().to_string())
-    } else {
-        let fraction = config.validation.fraction;
-        let (train, validation) = split(groups, fraction, seed);
-        let from = if validation.is_empty() {
-            "none".to_owned()
-        } else {
-            format!("{}% of the training data", fraction * 100.0)
-        };
-        (train, validation, from)
-    };
-    let train: Vec<Sample> = train.into_iter().flatten().collect();
-    let report = DataReport {
-        read,
-        kept,
-        truncated: train.iter().filter(|sample| sample.truncated).count(),
-        trained_tokens: train.iter().map(Sample::n_trained).sum(),
-        total_tokens: train.iter().map(|sample| sample.ids.len()).sum(),
-        validation_from,
-    };
-    Ok(Dataset { train, validation: validation.into_iter().flatten().collect(), report })
-}
-
-/// The two draws that [`load`] makes, each from a stream of its own.
+/// The draws that [`load`] makes, each from a stream of its own.
 #[derive(Clone, Copy)]
 enum Draw {
     HeldOut = 0,
     MaxSamples = 1,
+    SourceSamples = 2,
+    Weight = 3,
 }
 
-/// `n` of `0..len`, drawn at random, marked.
-fn draw(len: usize, n: usize, seed: u64, what: Draw) -> Vec<bool> {
+/// `n` of `0..len`, drawn at random, marked; `place` is that of the source among all.
+fn draw(len: usize, n: usize, seed: u64, what: Draw, place: usize) -> Vec<bool> {
     let mut order: Vec<usize> = (0..len).collect();
-    order.shuffle(&mut rng::stream(seed, Purpose::Split, what as u64, 0));
+    order.shuffle(&mut rng::stream(seed, Purpose::Split, what as u64, place as u64));
     let mut drawn = vec![false; len];
     for &i in order.iter().take(n) {
         drawn[i] = true;
@@ -175,11 +191,11 @@ fn draw(len: usize, n: usize, seed: u64, what: Draw) -> Vec<bool> {
 }
 
 /// At most `n` of `items`, drawn at random, in their old order.
-fn pick<T>(items: Vec<T>, n: usize, seed: u64) -> Vec<T> {
+fn pick<T>(items: Vec<T>, n: usize, seed: u64, what: Draw, place: usize) -> Vec<T> {
     if items.len() <= n {
         return items;
     }
-    let drawn = draw(items.len(), n, seed, Draw::MaxSamples);
+    let drawn = draw(items.len(), n, seed, what, place);
     items.into_iter().zip(drawn).filter_map(|(item, drawn)| drawn.then_some(item)).collect()
 }
 
@@ -189,7 +205,7 @@ fn split<T>(items: Vec<T>, fraction: f64, seed: u64) -> (Vec<T>, Vec<T>) {
         return (items, Vec::new());
     }
     let n = ((items.len() as f64 * fraction).round() as usize).clamp(1, items.len() - 1);
-    let held_out = draw(items.len(), n, seed, Draw::HeldOut);
+    let held_out = draw(items.len(), n, seed, Draw::HeldOut, 0);
     let (mut train, mut validation) = (Vec::new(), Vec::new());
     for (item, held_out) in items.into_iter().zip(held_out) {
         if held_out {

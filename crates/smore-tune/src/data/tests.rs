@@ -4,6 +4,8 @@ use std::path::Path;
 use super::*;
 use crate::config::{Format, SourceConfig, ValidationConfig};
 use crate::template::Message;
+use crate::template::Template;
+use crate::tokenizer::Tokenizer;
 use crate::tokenizer::tests::byte_level;
 
 /// One token per byte, `<s>` and `</s>`; BOS is added where a folder says so.
@@ -161,9 +163,8 @@ fn a_wrong_message_names_its_place() {
             "field `messages[0].content[0]` is not text; expected {type: text, text: ...}",
         ),
         (
-            r#"[{"role": "assistant", "content": "A", "weight": 0}]"#,
-            "field `messages[0].weight` is 0; only answers of weight 1 are supported; remove the \
-             field, or use prompt and completion to train the last answer alone",
+            r#"[{"role": "assistant", "content": "A", "weight": 0.5}]"#,
+            "field `messages[0].weight` is 0.5; expected 1 (trained) or 0 (not trained)",
         ),
     ];
     for (messages, expected) in cases {
@@ -176,7 +177,11 @@ fn a_wrong_message_names_its_place() {
 fn a_wrong_file_is_told_as_a_whole() {
     let files = Files::new();
     let cases = [
-        ("a.csv", "x", "a.csv: file ending is `csv`; expected .json, .jsonl or .txt"),
+        (
+            "a.tsv",
+            "x",
+            "a.tsv: file ending is `tsv`; expected .json, .jsonl, .csv, .parquet or .txt",
+        ),
         ("a.jsonl", "\n", "a.jsonl: no records; expected at least one"),
         ("a.json", "[ ]", "a.json: no records; expected at least one"),
         ("a.txt", " \n", "a.txt: the file is empty; expected text"),
@@ -203,9 +208,11 @@ fn a_wrong_file_is_told_as_a_whole() {
         ),
         (
             "g.jsonl",
-            r#"{"conversations": []}"#,
-            "g.jsonl:1: format not recognised: found conversations; expected instruction and output \
-             (alpaca), messages, prompt and completion, or text",
+            r#"{"turns": []}"#,
+            "g.jsonl:1: format not recognised: found turns; expected instruction and output \
+             (alpaca), conversations (sharegpt), messages, prompt and completion, choices and \
+             answerKey, sentence, option1 and option2, question and answer, or text; map other \
+             names with columns",
         ),
     ];
     for (name, text, expected) in cases {
@@ -222,8 +229,13 @@ fn a_wrong_file_is_told_as_a_whole() {
 
 fn samples(content: Content, adds_bos: bool, cutoff_len: usize) -> Result<Vec<Sample>> {
     let tokenizer = tokenizer(adds_bos);
-    let origin = Origin { file: "f.jsonl".into(), line: 9 };
-    tokenize(&Document { content, origin }, &tokenizer, &Template::plain(&tokenizer), cutoff_len)
+    let origin = Origin { file: Path::new("f.jsonl").into(), line: 9 };
+    tokenize(
+        &Document { content, tools: None, origin },
+        &tokenizer,
+        &Template::plain(&tokenizer),
+        cutoff_len,
+    )
 }
 
 /// The tokens as text, a bar in front of each target.
@@ -295,9 +307,10 @@ fn every_token_of_a_text_is_a_target_once() {
 fn a_refused_conversation_names_its_line() {
     let tokenizer = tokenizer(true);
     let template = Template::from_source("t", "{{ raise_exception('no') }}", &tokenizer).unwrap();
-    let origin = Origin { file: "f.jsonl".into(), line: 9 };
+    let origin = Origin { file: Path::new("f.jsonl").into(), line: 9 };
     let error =
-        tokenize(&Document { content: question(), origin }, &tokenizer, &template, 9).unwrap_err();
+        tokenize(&Document { content: question(), tools: None, origin }, &tokenizer, &template, 9)
+            .unwrap_err();
     assert_eq!(error.to_string(), "f.jsonl:9: chat template t: refused the conversation: no");
     let error = samples(Content::Chat(vec![user("Q")]), true, 9).unwrap_err();
     assert!(
@@ -308,7 +321,7 @@ fn a_refused_conversation_names_its_line() {
 
 fn config(path: PathBuf) -> DataConfig {
     DataConfig {
-        train: vec![SourceConfig { path, format: None }],
+        train: vec![SourceConfig { path, ..SourceConfig::default() }],
         validation: ValidationConfig::default(),
         max_samples: None,
         cutoff_len: 64,
@@ -429,9 +442,9 @@ fn missing_files_are_found_before_anything_is_read() {
     let error = load_plain(&config, 1).unwrap_err();
     assert_eq!(
         error.to_string(),
-        "no/such.jsonl: not found; expected a file of held-out data (.json, .jsonl or .txt)"
+        "no/such.jsonl: not found; expected a file of held-out data (.json, .jsonl, .csv, .parquet or .txt)"
     );
     assert_eq!(error.exit_code(), 2);
-    config.train[0].path = files.write("x.csv", "");
-    assert!(check_files(&config).unwrap_err().to_string().contains("x.csv: file ending is `csv`"));
+    config.train[0].path = files.write("x.tsv", "");
+    assert!(check_files(&config).unwrap_err().to_string().contains("x.tsv: file ending is `tsv`"));
 }

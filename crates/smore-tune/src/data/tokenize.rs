@@ -19,11 +19,15 @@ pub fn tokenize(
     cutoff_len: usize,
 ) -> Result<Vec<Sample>> {
     let origin = &document.origin;
+    let tools = document.tools.as_ref();
     let chat = |messages: &[Message], n_untrained: usize| {
-        let (text, mut ranges) = template.render_training(messages).map_err(|e| at(e, origin))?;
+        let (text, ranges) =
+            template.render_training_with(messages, tools).map_err(|e| at(e, origin))?;
+        let mut ranges = weighted(ranges, messages, origin)?;
         ranges.drain(..n_untrained.min(ranges.len()));
         let bos = template.is_plain();
-        chat_sample(&text, &ranges, bos, tokenizer, cutoff_len, origin).map(|sample| vec![sample])
+        let sample = chat_sample(&text, &ranges, bos, tokenizer, cutoff_len, origin)?;
+        Ok(vec![sample])
     };
     match &document.content {
         Content::Chat(messages) => chat(messages, 0),
@@ -33,6 +37,37 @@ pub fn tokenize(
         }
         Content::Text(text) => text_samples(text, tokenizer, cutoff_len, origin),
     }
+}
+
+/// The ranges without those of answers that are not to be trained, whose places stay empty.
+fn weighted(
+    mut ranges: Vec<Range<usize>>,
+    messages: &[Message],
+    origin: &Origin,
+) -> Result<Vec<Range<usize>>> {
+    let answers: Vec<&Message> = messages.iter().filter(|message| message.is_answer()).collect();
+    if answers.iter().all(|answer| answer.trained) {
+        return Ok(ranges);
+    }
+    if answers.iter().all(|answer| !answer.trained) {
+        return Err(origin.error(
+            "no trained token: every answer has weight 0; remove the record or give one weight 1",
+        ));
+    }
+    if ranges.len() != answers.len() {
+        return Err(origin.error(format!(
+            "the chat template marks {} parts of {} answers as trained, so that their weights cannot \
+             be told apart; remove the weights, or mark each answer once",
+            ranges.len(),
+            answers.len()
+        )));
+    }
+    for (range, answer) in ranges.iter_mut().zip(answers) {
+        if !answer.trained {
+            range.end = range.start;
+        }
+    }
+    Ok(ranges)
 }
 
 /// Number of trained ranges that the answers among `messages` give.
@@ -72,6 +107,14 @@ fn chat_sample(
         ids.insert(0, bos);
         trained.insert(0, false);
     }
+    if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id(), &ids[..])
+        && [*first, *second] == [bos; 2]
+    {
+        return Err(origin.error(format!(
+            "begins with `{}` twice; take it out of the record, or out of the chat template",
+            tokenizer.bos_token().unwrap_or_default()
+        )));
+    }
     if let Some(first) = trained.first_mut() {
         *first = false;
     }
@@ -94,7 +137,7 @@ fn chat_sample(
 }
 
 fn overlap(range: &Range<usize>, bytes: &Range<usize>) -> bool {
-    bytes.start < range.end && bytes.end > range.start
+    bytes.start < range.end && bytes.end > range.start && !range.is_empty()
 }
 
 /// Cuts a text in pieces of at most `cutoff_len` tokens. Every token of the text is a target once.

@@ -186,7 +186,10 @@ impl Desk {
             model: self.base.clone(),
             adapter,
             data: DataConfig {
-                train: vec![SourceConfig { path: data.join("train.jsonl"), format: None }],
+                train: vec![SourceConfig {
+                    path: data.join("train.jsonl"),
+                    ..SourceConfig::default()
+                }],
                 validation: ValidationConfig {
                     path: Some(data.join("held_out.jsonl")),
                     ..ValidationConfig::default()

@@ -195,6 +195,11 @@ impl Examined {
         self.first_error.take().map_or(Ok(()), Err)
     }
 
+    /// Positions of the model, where its settings could be read.
+    pub fn max_positions(&self) -> Option<usize> {
+        self.spec.as_ref().map(|spec| spec.max_positions)
+    }
+
     /// How many findings are as bad as `severity`.
     pub fn count(&self, severity: Severity) -> usize {
         self.findings.iter().filter(|finding| finding.severity == severity).count()

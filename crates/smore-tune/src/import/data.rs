@@ -1,7 +1,7 @@
 //! The data: names in `dataset_info.json`, and how much of them.
 
 use super::{Made, Section, Source};
-use crate::config::Format;
+use crate::data::dataset_info::look_up;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 
@@ -20,12 +20,10 @@ pub(super) fn convert(source: &mut Source, folder: &Path) -> Made<Value> {
     let mut section = json!({"train": files, "validation": validation(source, &info)?});
     section["cutoff_len"] = source.number("cutoff_len")?.unwrap_or(json!(2048));
     if let Some(most) = source.number("max_samples")? {
-        let most = most.as_u64().unwrap_or(0);
-        if names.len() > 1 {
-            let reason = "counts per data set there and all together here; it was multiplied";
-            source.note("max_samples", json!(most), reason);
+        // It counts per data set there.
+        for file in section["train"].as_array_mut().into_iter().flatten() {
+            file["max_samples"] = most.clone();
         }
-        section["max_samples"] = json!(most * names.len().max(1) as u64);
     }
     for (key, reason) in [
         ("template", "the model's own chat template is used"),
@@ -95,23 +93,18 @@ impl Info {
             notes.note(key, json!(name), reason);
             return json!({"path": path(&format!("{name}.json"))});
         };
-        let Some(file) = entry["file_name"].as_str() else {
+        if entry["file_name"].is_null() {
             let reason = "it is not a file on this machine; fill in the path of a copy";
             notes.note(key, json!(name), reason);
             return json!({"path": path(&format!("{name}.json"))});
-        };
-        let mut ours = json!({"path": path(file)});
-        if entry["formatting"].as_str().unwrap_or("alpaca") == "alpaca"
-            && entry["columns"].is_null()
-        {
-            ours["format"] = json!(Format::Alpaca);
         }
-        for part in ["columns", "tags", "num_samples", "subset", "split", "ranking"] {
-            if !entry[part].is_null() {
-                let reason = format!("`{part}` of {name} was left out; its format is detected");
-                notes.note(key, entry[part].clone(), reason);
+        let found = look_up(&self.dir, &name).map_err(|e| e.to_string());
+        match found.and_then(|found| serde_json::to_value(found).map_err(|e| e.to_string())) {
+            Ok(ours) => ours,
+            Err(reason) => {
+                notes.note(key, json!(name), format!("{reason}; fill in its path and format"));
+                json!({"path": path(&format!("{name}.json"))})
             }
         }
-        ours
     }
 }

@@ -33,6 +33,25 @@ pub(super) fn environment() -> Environment<'static> {
     environment
 }
 
+/// A JSON value for a template.
+pub(super) fn value(json: &serde_json::Value) -> Value {
+    use serde_json::Value as Json;
+    match json {
+        Json::Null => Value::from(()),
+        Json::Bool(on) => Value::from(*on),
+        Json::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(whole), _) => Value::from(whole),
+            (_, Some(whole)) => Value::from(whole),
+            _ => Value::from(number.as_f64()),
+        },
+        Json::String(text) => Value::from(text.as_str()),
+        Json::Array(list) => list.iter().map(value).collect(),
+        Json::Object(object) => {
+            Value::from_pairs(object.iter().map(|(key, json)| (key.as_str(), value(json))))
+        }
+    }
+}
+
 /// Rewrites `{% generation %}` blocks, which Jinja does not know, to a filter that marks their
 /// text; whitespace control stays as written. Also tells whether there was one.
 pub(super) fn generation_as_filter(source: &str) -> (String, bool) {
