@@ -108,10 +108,11 @@ fn chat_sample(
         trained.insert(0, false);
     }
     if let (Some(bos), [first, second, ..]) = (tokenizer.bos_id(), &ids[..])
+        && may_add_bos
         && [*first, *second] == [bos; 2]
     {
         return Err(origin.error(format!(
-            "begins with `{}` twice; take it out of the record, or out of the chat template",
+            "begins with `{}` twice; take it out of the record",
             tokenizer.bos_token().unwrap_or_default()
         )));
     }
