@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout)]
 
 mod ecosystem;
+mod eval_peer;
 mod tensorboard;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -40,6 +41,13 @@ enum Task {
     /// Event files of a run read by TensorBoard; not in `ci`, since it installs TensorBoard (or takes
     /// the Python that SMORE_PYTHON names)
     Tensorboard,
+    /// Log-likelihoods of `smore eval` on the real sets against transformers; not in `ci`, since it
+    /// installs torch (or takes the Python that SMORE_PYTHON names)
+    EvalPeer {
+        /// Samples of each set that transformers scores
+        #[arg(long, default_value_t = usize::MAX >> 1)]
+        limit: usize,
+    },
     /// Speed and memory as ratios, against PyTorch with `--peer`: `cargo xtask bench --help`
     #[command(disable_help_flag = true)]
     Bench {
@@ -96,6 +104,7 @@ fn run(task: Task) -> Result<()> {
         Task::DemoBase => demo_base(),
         Task::Ecosystem => ecosystem::ecosystem(),
         Task::Tensorboard => tensorboard::tensorboard(),
+        Task::EvalPeer { limit } => eval_peer::eval_peer(limit),
         Task::Bench { args } => {
             let mut all = vec!["run", "--quiet", "--release", "--package", "smore-bench", "--"];
             all.extend(args.iter().map(String::as_str));
@@ -135,12 +144,13 @@ fn deny() -> Result<()> {
 }
 
 /// Test targets that look for SMORE_SHARED; without it they check nothing.
-const SHARED_TESTS: [&str; 9] = [
+const SHARED_TESTS: [&str; 10] = [
     "init",
     "parity_layer",
     "parity_base",
     "parity_end_to_end",
     "shared_adapter_files",
+    "shared_humaneval",
     "shared_params",
     "shared_templates",
     "shared_tokenizer",

@@ -6,9 +6,11 @@
 mod audit;
 mod clock;
 mod data;
+mod compare;
 mod demo;
 mod distill;
 mod doctor;
+mod eval;
 mod folders;
 mod generate;
 mod grow;
@@ -37,6 +39,8 @@ struct Cli {
 enum Command {
     /// Show on this machine, with nothing but this program, what S'MoRE does
     Demo(demo::Args),
+    /// Put adapters, runs, configurations or results of `eval` side by side
+    Compare(compare::Args),
     /// Train an adapter (or a whole model) as a YAML file says
     Train(train::Args),
     /// Continue a prompt with a model and, if given, an adapter
@@ -49,6 +53,8 @@ enum Command {
     DistillLora(distill::Args),
     /// Look at model, adapter, data and machine before anything long starts
     Doctor(doctor::Args),
+    /// Answer a question set with a model and, on the same samples, with an adapter
+    Eval(eval::Args),
     /// Make a deeper S'MoRE of an adapter that exists, with the same function
     Grow(grow::Args),
     /// Turn a configuration of LLaMA-Factory or of S'MoRE's authors into one for `train`
@@ -66,12 +72,14 @@ fn main() -> ExitCode {
     sigpipe::reset();
     let result = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Train(args) => train::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Audit(args) => return ended(audit::run(&args)),
         Command::Data(args) => data::run(&args),
         Command::DistillLora(args) => distill::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Grow(args) => grow::run(&args),
         Command::ImportConfig(args) => import::run(&args),
         Command::Inspect(args) => inspect::run(&args),

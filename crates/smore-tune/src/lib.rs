@@ -9,6 +9,7 @@ pub mod demo;
 pub mod distill;
 pub mod doctor;
 pub mod error;
+pub mod eval;
 pub mod generate;
 pub mod grow;
 pub mod import;

@@ -26,6 +26,8 @@ pub enum Purpose {
     Growth = 7,
     /// What dropout leaves out of an adapter's input.
     Dropout = 8,
+    /// Samples drawn again for a bootstrap interval.
+    Bootstrap = 12,
 }
 
 /// The generator for one purpose at one step in one block (or any other place numbered by the
