@@ -48,21 +48,18 @@ impl Program {
 
     /// The whole program: the prompt's code with what the model wrote, and the tests.
     pub fn source(&self, written: &str) -> String {
-        let code = match written.split_once("```") {
+        let code = if let Some((_, block)) = written.split_once("```") {
             // An answer in a block of code, as chat models write it.
-            Some((_, block)) => {
-                let block = block.split("```").next().unwrap_or_default();
-                let first = block.lines().next().unwrap_or_default();
-                if first.trim().chars().all(char::is_alphanumeric) && !first.starts_with(' ') {
-                    block.split_once('\n').map_or("", |(_, rest)| rest)
-                } else {
-                    block
-                }
+            let block = block.split("```").next().unwrap_or_default();
+            let first = block.lines().next().unwrap_or_default();
+            if first.trim().chars().all(char::is_alphanumeric) && !first.starts_with(' ') {
+                block.split_once('\n').map_or("", |(_, rest)| rest)
+            } else {
+                block
             }
-            None => {
-                let end = ENDS.iter().filter_map(|e| written.find(e)).min();
-                &written[..end.unwrap_or(written.len())]
-            }
+        } else {
+            let end = ENDS.iter().filter_map(|e| written.find(e)).min();
+            &written[..end.unwrap_or(written.len())]
         };
         // A function written anew replaces the one begun; its imports stay.
         format!("{}{code}\n{}\ncheck({})\n", self.prompt, self.test, self.entry_point)

@@ -12,7 +12,7 @@ pub(super) struct Question {
     /// What the question is about, if that is told apart.
     pub(super) passage: String,
     /// The question; of WinoGrande the sentence with a `_`.
-    pub(super) question: String,
+    pub(super) stem: String,
     pub(super) choices: Vec<String>,
     /// Place of the right choice.
     pub(super) gold: usize,
@@ -93,7 +93,7 @@ fn labelled(value: &Value) -> Parsed<Question> {
     if texts.len() != labels.len() {
         return Err(format!("{} choices with {} labels", texts.len(), labels.len()));
     }
-    Ok(Question { passage: String::new(), question: question.into(), choices: texts, gold })
+    Ok(Question { passage: String::new(), stem: question.into(), choices: texts, gold })
 }
 
 fn winogrande(value: &Value) -> Parsed<Question> {
@@ -101,7 +101,7 @@ fn winogrande(value: &Value) -> Parsed<Question> {
     blank(sentence)?;
     Ok(Question {
         passage: String::new(),
-        question: sentence.into(),
+        stem: sentence.into(),
         choices: vec![string(value, "option1")?.into(), string(value, "option2")?.into()],
         gold: place(&["1", "2"], &label(value, &["answer", "label"])?)?,
     })
@@ -114,7 +114,7 @@ fn blank(sentence: &str) -> Parsed<()> {
 fn piqa(value: &Value) -> Parsed<Question> {
     Ok(Question {
         passage: String::new(),
-        question: string(value, "goal")?.into(),
+        stem: string(value, "goal")?.into(),
         choices: vec![string(value, "sol1")?.into(), string(value, "sol2")?.into()],
         gold: place(&["0", "1"], &label(value, &["label"])?)?,
     })
@@ -126,7 +126,7 @@ fn siqa(value: &Value) -> Parsed<Question> {
     let numbered = place(&["1", "2", "3"], &given);
     Ok(Question {
         passage: string(value, "context")?.into(),
-        question: string(value, "question")?.into(),
+        stem: string(value, "question")?.into(),
         choices: choices.into_iter().collect::<Parsed<_>>()?,
         gold: numbered.or_else(|_| place(&["A", "B", "C"], &given))?,
     })
@@ -137,7 +137,7 @@ fn boolq(value: &Value) -> Parsed<Question> {
     let truth = place(&["false", "true"], &given).or_else(|_| place(&["0", "1"], &given))?;
     Ok(Question {
         passage: string(value, "passage")?.into(),
-        question: string(value, "question")?.into(),
+        stem: string(value, "question")?.into(),
         choices: vec!["no".into(), "yes".into()],
         gold: truth,
     })
@@ -153,7 +153,7 @@ fn instruction(task: TaskKind, value: &Value) -> Parsed<Question> {
     if task == TaskKind::BoolQ {
         return Ok(Question {
             passage: String::new(),
-            question: body.trim_end_matches('?').into(),
+            stem: body.trim_end_matches('?').into(),
             choices: vec!["no".into(), "yes".into()],
             gold: place(&["false", "true"], &answer)?,
         });
@@ -183,7 +183,7 @@ fn instruction(task: TaskKind, value: &Value) -> Parsed<Question> {
     let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
     Ok(Question {
         passage: String::new(),
-        question,
+        stem: question,
         gold: place(&labels, &answer)?,
         choices: parts,
     })

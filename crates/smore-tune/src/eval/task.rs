@@ -269,10 +269,10 @@ impl Task {
             format!(
                 "Please choose the correct answer to fill in the blank to complete the given \
                  sentence.\nSentence: {}\n(A) {}\n(B) {}",
-                q.question, q.choices[0], q.choices[1]
+                q.stem, q.choices[0], q.choices[1]
             )
         } else {
-            let about = [q.passage.trim(), q.question.trim()];
+            let about = [q.passage.trim(), q.stem.trim()];
             let about: Vec<&str> = about.into_iter().filter(|s| !s.is_empty()).collect();
             let (about, choices) = (about.join(" "), lettered(&q.choices));
             format!("Please choose the correct answer to the question: {about} {choices}")
@@ -282,7 +282,7 @@ impl Task {
 
     /// Contexts and continuations as lm-evaluation-harness lays them out.
     fn continuations(&self, q: &Question) -> Request {
-        let (question, choices) = (q.question.as_str(), &q.choices);
+        let (question, choices) = (q.stem.as_str(), &q.choices);
         let after = |context: String| -> Vec<(String, String)> {
             choices.iter().map(|c| (context.clone(), format!(" {c}"))).collect()
         };
@@ -330,13 +330,12 @@ fn gsm8k(file: &Path, record: &Record) -> Result<(Request, String)> {
     let question = text("question").or_else(|| text("instruction"));
     let question = question.ok_or_else(|| bad("field `question` is missing"))?;
     let answer = text("answer").ok_or_else(|| bad("field `answer` is missing"))?;
-    let gold = match answer.rsplit_once("#### ") {
-        Some((_, gold)) => number(gold.trim()),
+    let gold = if let Some((_, gold)) = answer.rsplit_once("#### ") {
+        number(gold.trim())
+    } else {
         // LLM-Adapters: a number as a text, with decimals it does not have.
-        None => {
-            let x: f64 = answer.trim().parse().map_err(|_| bad("the answer has no `#### `"))?;
-            x.to_string()
-        }
+        let x: f64 = answer.trim().parse().map_err(|_| bad("the answer has no `#### `"))?;
+        x.to_string()
     };
     let prompt = format!("Question: {question}\nAnswer:");
     Ok((Request::Number { prompt, gold: gold.clone() }, gold))
