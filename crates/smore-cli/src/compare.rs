@@ -177,7 +177,7 @@ impl Page<'_> {
             .filter(|(_, d)| d.paired.verdict() == Verdict::Worse)
             .map(|(s, d)| {
                 let (task, metric, p) = (&d.task, &d.metric, d.paired.p);
-                format!("{} is worse than {first} in {task}, {metric}: p = {p:.2g}", s.name)
+                format!("{} is worse than {first} in {task}, {metric}: p = {p:.1e}", s.name)
             })
             .collect()
     }

@@ -154,7 +154,7 @@ fn print(args: &Args, result: &Value, pairs: &[(String, Paired)]) {
     for (name, pair) in pairs {
         let worse = pair.verdict() == Verdict::Worse;
         if worse {
-            println!("The adapter is worse than the base in {name}: McNemar's p = {:.2g}.", pair.p);
+            println!("The adapter is worse than the base in {name}: McNemar's p = {:.1e}.", pair.p);
         }
     }
     let (task, protocol) = (&result["task"], &result["protocol"]);
