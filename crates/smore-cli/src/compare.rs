@@ -108,7 +108,7 @@ impl Subject {
             let section = AdapterSection::load(&file)?;
             (section.adapter, None, section.model)
         };
-        subject.kind = config.kind().to_owned();
+        config.kind().clone_into(&mut subject.kind);
         let base = model.map(Path::to_owned).or(base);
         let spec = base.and_then(|b| DecoderSpec::read_sizes(&b.join("config.json")).ok());
         let measured = spec.map(|s| size(&config, widths.as_deref(), &s)).transpose();
