@@ -19,6 +19,7 @@ mod inspect;
 mod interrupt;
 mod merge;
 mod models;
+mod plan;
 mod progress;
 mod table;
 mod train;
@@ -63,6 +64,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Merge a LoRA into its base model
     Merge(merge::Args),
+    /// Tell parameters, file size, FLOPs and memory before a run, beside LoRA; needs no weights
+    Plan(plan::Args),
     /// Compute recorded cases of other implementations again and compare
     Verify(verify::Args),
 }
@@ -84,6 +87,7 @@ fn main() -> ExitCode {
         Command::ImportConfig(args) => import::run(&args),
         Command::Inspect(args) => inspect::run(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     ended(result.map(|()| ExitCode::SUCCESS))

@@ -31,7 +31,7 @@ use crate::model::spec::DecoderSpec;
 use manifest::Manifest;
 use smore::layout::Param;
 use std::path::{Path, PathBuf};
-use tensors::{Tensors, read_adapter, read_safetensors, write_tensors};
+use tensors::{Tensors, file_bytes, read_adapter, read_safetensors, write_tensors};
 pub(crate) use tensors::{read_named, write_named};
 
 /// Before every module path in an adapter file of PEFT.
@@ -77,6 +77,16 @@ pub fn save_adapter(
     manifest: &Manifest,
 ) -> Result<()> {
     write_folder(path, |dir| fill_adapter(dir, settings, adapters, values, manifest))
+}
+
+/// Bytes of the `adapter_model.safetensors` that [`save_adapter`] writes, header included.
+pub fn adapter_file_bytes(config: &AdapterConfig, adapters: &Adapters) -> u64 {
+    let named = |slot, param: &Param| {
+        let names = stored_names(config, slot, param).into_iter();
+        names.map(|name| (name, param.shape.clone())).collect::<Vec<_>>()
+    };
+    let all = adapters.slots.iter().flat_map(|slot| slot.params().iter().map(move |p| (slot, p)));
+    file_bytes(all.flat_map(|(slot, param)| named(slot, param)).collect())
 }
 
 /// As [`save_adapter`], among other files of a folder that is being written.

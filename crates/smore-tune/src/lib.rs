@@ -19,6 +19,7 @@ pub mod memory;
 pub mod merge;
 pub mod model;
 pub mod optimizer;
+pub mod plan;
 pub mod report;
 pub mod routing;
 pub mod run_folder;

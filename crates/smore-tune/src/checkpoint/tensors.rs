@@ -80,6 +80,24 @@ pub(super) fn write_tensors(path: &Path, tensors: &[Named]) -> Result<()> {
     write_bytes(path, tensors, &bytes, safetensors::Dtype::F32)
 }
 
+/// Bytes of what [`write_tensors`] writes: a length of 8, a header in JSON filled up to a multiple
+/// of 8, and the numbers.
+pub(super) fn file_bytes(mut tensors: Vec<(String, Vec<usize>)>) -> u64 {
+    tensors.sort();
+    let mut header = r#"{"__metadata__":{"format":"pt"}}"#.len();
+    let mut at = 0;
+    for (name, shape) in &tensors {
+        let end = at + 4 * shape.iter().product::<usize>();
+        let entry = serde_json::json!({
+            name: {"dtype": "F32", "shape": shape, "data_offsets": [at, end]}
+        });
+        // A comma for the outer braces.
+        header += entry.to_string().len() - 1;
+        at = end;
+    }
+    (8 + header.next_multiple_of(8) + at) as u64
+}
+
 pub(super) fn write_tensors_bf16(path: &Path, tensors: &[Named]) -> Result<()> {
     fn narrow(values: &[f32]) -> Vec<u8> {
         values.iter().flat_map(|&x| half::bf16::from_f32(x).to_le_bytes()).collect()
@@ -107,4 +125,33 @@ fn write_bytes(
     // Readers of this ecosystem refuse files that do not say so.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(views, Some(metadata), path).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_size_of_a_file_is_known_before_it_is_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("adapter_model.safetensors");
+        let values = vec![0.5_f32; 3000];
+        // Offsets of one to five digits, names out of order, and all lengths of padding.
+        for n in 1..20 {
+            let tensor = |i: usize| {
+                let shape = if i.is_multiple_of(2) { vec![i + 1] } else { vec![i, 10, 3] };
+                (format!("layer.{}.weight", (i * 7) % 13 + 100 * i), shape)
+            };
+            let named: Vec<_> = (0..n).map(tensor).collect();
+            let tensors: Vec<Named> = named
+                .iter()
+                .map(|(name, shape)| {
+                    let len = shape.iter().product();
+                    (name.clone(), shape.clone(), &values[..len])
+                })
+                .collect();
+            write_tensors(&path, &tensors).unwrap();
+            assert_eq!(file_bytes(named), std::fs::metadata(&path).unwrap().len(), "{n} tensors");
+        }
+    }
 }

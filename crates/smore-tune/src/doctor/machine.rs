@@ -2,11 +2,9 @@
 
 use super::{Area, Examined, Subject};
 use crate::batching::entries;
-use crate::config::{AdapterConfig, TrainConfig};
-use crate::inject::Adapters;
+use crate::config::AdapterConfig;
 use crate::memory;
-use crate::model::spec::DecoderSpec;
-use smore::adapter::{AnyAdapter, BlockAdapter};
+use crate::plan::Demand;
 use std::path::Path;
 
 const MIB: f64 = (1 << 20) as f64;
@@ -16,7 +14,7 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
     let (Some(train), Some(data)) = (&subject.train, &examined.data) else { return };
     let (Some(spec), Some(start)) = (&examined.spec, &examined.start) else { return };
     let full = matches!(subject.adapter, Some(AdapterConfig::Full(_)));
-    let trained = if full { parameters(spec) } else { start.adapters.len() };
+    let trained = if full { spec.parameters() } else { start.adapters.len() };
     let lengths: Vec<usize> = data.train.iter().map(|sample| sample.ids.len()).collect();
     let cutoff_len = subject.data.as_ref().map_or(usize::MAX, |d| d.cutoff_len);
     let capacity = cutoff_len.min(spec.max_positions);
@@ -33,8 +31,17 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
             folder.bytes()
         }
     });
-    let needs = Needs { spec, adapters: &start.adapters, train, trained, weights, batch, tokens };
-    let (needed, steps) = (needs.memory(), crate::sft::total_steps(train, entries.len()));
+    let demand = Demand {
+        spec,
+        adapters: &start.adapters,
+        trained,
+        weights,
+        batch,
+        tokens,
+        gradient_checkpointing: train.gradient_checkpointing,
+        keeps_best: train.load_best_model_at_end,
+    };
+    let (needed, steps) = (demand.peak(), crate::sft::total_steps(train, entries.len()));
     // The adapter, and beside it parameters, two moments and perhaps the best values.
     let checkpoint = trained as u64 * 4 * (4 + u64::from(train.load_best_model_at_end));
     let written = steps.checked_div(train.save_steps).unwrap_or(0);
@@ -83,70 +90,12 @@ fn vector_unit() -> Option<&'static str> {
     cfg!(target_arch = "aarch64").then_some("NEON")
 }
 
-fn parameters(spec: &DecoderSpec) -> usize {
-    spec.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
-}
-
 /// Tokens of the largest forward pass that can come up.
 fn largest_batch(entries: &[Vec<usize>], lengths: &[usize], size: usize) -> usize {
     let mut tokens: Vec<usize> =
         entries.iter().map(|entry| entry.iter().map(|&i| lengths[i]).sum()).collect();
     tokens.sort_unstable_by(|a, b| b.cmp(a));
     tokens.iter().take(size).sum()
-}
-
-/// What a run's memory depends on.
-struct Needs<'a> {
-    spec: &'a DecoderSpec,
-    adapters: &'a Adapters,
-    train: &'a TrainConfig,
-    /// Trained parameters.
-    trained: usize,
-    /// Bytes of frozen weights.
-    weights: usize,
-    /// Tokens of the largest forward pass.
-    batch: usize,
-    /// Tokens of all samples.
-    tokens: usize,
-}
-
-impl Needs<'_> {
-    /// Bytes at the height of a training step, roughly.
-    fn memory(&self) -> u64 {
-        let spec = self.spec;
-        let (hidden, inner) = (spec.hidden, spec.intermediate);
-        let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-        let lowest = if self.adapters.is_empty() { 0 } else { self.adapters.lowest_block() };
-        let trained_blocks = spec.blocks - lowest;
-        // Kept of a block: its input, middle, queries, keys, values, attention, gate and up.
-        let adapters = self.adapter_width() / trained_blocks.max(1);
-        let block = 2 * hidden + 2 * q + 2 * kv + spec.heads + 2 * inner + adapters;
-        let kept = if self.train.gradient_checkpointing {
-            trained_blocks * hidden + block
-        } else {
-            trained_blocks * block
-        };
-        // While a block is differentiated: slopes of the FFN, of attention, of the norms.
-        let at_work = 5 * hidden + 4 * inner + q + 2 * kv;
-        let per_token = kept + at_work;
-        // Values, gradients and two moments, and the best values where they are kept.
-        let copies = 4 + usize::from(self.train.load_best_model_at_end);
-        let floats = self.batch * per_token + self.trained * copies;
-        // Logits of some rows and slopes by them, a panel of widened weights, the program itself.
-        let fixed = (16 << 20) + 1024 * inner.max(hidden) * 4 + (24 << 20);
-        (floats * 4 + self.weights + self.tokens * 5 + fixed) as u64
-    }
-
-    /// What adapters keep of a token.
-    fn adapter_width(&self) -> usize {
-        let width = |adapter: &BlockAdapter| match adapter {
-            BlockAdapter::Map(AnyAdapter::Smore(a)) => 2 * a.spec.stack_width(),
-            BlockAdapter::Map(AnyAdapter::Lora(a)) => a.spec.rank,
-            BlockAdapter::Map(AnyAdapter::HydraLora(a)) => 2 * a.spec.stack_width(),
-            BlockAdapter::Ffn(a) => 2 * a.spec.stack_width(),
-        };
-        self.adapters.slots.iter().map(|slot| width(&slot.adapter)).sum()
-    }
 }
 
 /// `machine` is what is free and what there is.

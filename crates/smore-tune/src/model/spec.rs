@@ -248,6 +248,11 @@ impl DecoderSpec {
         Some((width, format!("model.layers.{block}.{name}")))
     }
 
+    /// Numbers in all tensors of the model; a tied head counts once.
+    pub fn parameters(&self) -> usize {
+        self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+
     /// Name and shape of every tensor of the model, matrices as `[rows, cols]`.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut all =

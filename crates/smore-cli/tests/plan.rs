@@ -1,0 +1,82 @@
+//! `smore plan` as a user meets it, held against what a run really writes.
+
+use assert_cmd::Command;
+use serde_json::Value;
+use std::path::Path;
+
+fn smore(folder: &Path, args: &[&str]) -> (i32, String, String) {
+    let mut command = Command::cargo_bin("smore").unwrap();
+    let output = command.current_dir(folder).args(args).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+const ADAPTERS: [&str; 6] = [
+    "{kind: smore, layers: [{experts: 4, fanout: 2, rank: 4}, {experts: 4, fanout: 2, rank: 4}]}",
+    "{kind: smore, shared_pool: true, layers: [{experts: 4, fanout: 2, rank: 4}, {experts: 4, fanout: 2, rank: 4}]}",
+    "{kind: smore, targets: [q_proj], gate: {kind: noisy_topk}, layers: [{experts: 3, fanout: 2, rank: 4}]}",
+    "{kind: lora, rank: 5}",
+    "{kind: hydra_lora, rank: 4, heads: 3}",
+    "{kind: mix_lora, rank: 4, experts: 4, fanout: 2}",
+];
+
+#[test]
+fn plans_equal_what_a_run_trains_and_writes() {
+    let base = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/demo-base");
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path();
+    let record = r#"{"instruction": "say", "output": "a word"}"#;
+    std::fs::write(folder.join("data.jsonl"), [record; 4].join("\n")).unwrap();
+    for (i, adapter) in ADAPTERS.iter().enumerate() {
+        let config = format!(
+            "model: {base}\noutput_dir: run{i}\nadapter: {adapter}\n\
+             data: {{train: [{{path: data.jsonl}}], validation: {{fraction: 0.0}}}}\n\
+             train: {{max_steps: 1, per_device_train_batch_size: 1}}\n"
+        );
+        std::fs::write(folder.join("run.yaml"), config).unwrap();
+        let (code, out, err) = smore(folder, &["plan", base, "run.yaml", "--json"]);
+        assert_eq!(code, 0, "{adapter}: {err}");
+        let plan: Value = serde_json::from_str(&out).unwrap();
+        let (code, _, err) = smore(folder, &["train", "run.yaml"]);
+        assert_eq!(code, 0, "{adapter}: {err}");
+        let file = folder.join(format!("run{i}/adapter/adapter_model.safetensors"));
+        let written = std::fs::read(&file).unwrap();
+        assert_eq!(plan["costs"][0]["file_bytes"], written.len(), "{adapter}");
+        let header = u64::from_le_bytes(written[..8].try_into().unwrap()) as usize;
+        let numbers = (written.len() - 8 - header) / 4;
+        if !adapter.contains("shared_pool") {
+            // A shared pool is trained once and written once for each layer.
+            assert_eq!(plan["costs"][0]["parameters"], numbers, "{adapter}");
+        }
+        let adapter = format!("run{i}/adapter");
+        let (code, out, err) = smore(folder, &["plan", base, &adapter, "--json"]);
+        assert_eq!(code, 0, "{err}");
+        let saved: Value = serde_json::from_str(&out).unwrap();
+        assert_eq!(saved["costs"][0]["parameters"], plan["costs"][0]["parameters"], "{adapter}");
+    }
+}
+
+#[test]
+fn tokens_and_mistakes() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("a.yaml"), ADAPTERS[0]).unwrap();
+    let plan = |tokens: &str| -> Value {
+        let args = ["plan", "qwen3-0.6b", "a.yaml", "--json", "--tokens", tokens];
+        let (code, out, err) = smore(dir.path(), &args);
+        assert_eq!(code, 0, "{err}");
+        serde_json::from_str(&out).unwrap()
+    };
+    let activations =
+        |plan: &Value| plan["costs"][0]["memory"][0]["split"]["activations"].as_u64().unwrap();
+    let [one, two, three] = ["1000", "2000", "3000"].map(|n| activations(&plan(n)));
+    assert!(two > one && three - two == two - one, "linear in tokens");
+    let (code, out, _) = smore(dir.path(), &["plan", "qwen3-0.6b", "a.yaml"]);
+    assert!(code == 0 && out.contains("LoRA of equal rank 32") && out.contains("flexibility"));
+    for (model, adapter, words) in [
+        ("llama-9", "a.yaml", "expected a model's folder"),
+        ("qwen3-0.6b", "missing.yaml", "missing.yaml"),
+    ] {
+        let (code, _, err) = smore(dir.path(), &["plan", model, adapter]);
+        assert!(code == 2 && err.contains(words), "{err}");
+    }
+}
