@@ -9,7 +9,7 @@ use smore_tune::routing::LayerUsage;
 use std::path::Path;
 
 /// The base model, made by `cargo xtask demo-base`.
-const BASE: [(&str, &[u8]); 5] = [
+pub(crate) const BASE: [(&str, &[u8]); 5] = [
     ("config.json", include_bytes!("../assets/demo-base/config.json")),
     ("generation_config.json", include_bytes!("../assets/demo-base/generation_config.json")),
     ("model.safetensors", include_bytes!("../assets/demo-base/model.safetensors")),

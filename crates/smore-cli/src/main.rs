@@ -21,6 +21,7 @@ mod merge;
 mod models;
 mod plan;
 mod progress;
+mod reproduce;
 mod table;
 mod train;
 mod verify;
@@ -66,6 +67,8 @@ enum Command {
     Merge(merge::Args),
     /// Tell parameters, file size, FLOPs and memory before a run, beside LoRA; needs no weights
     Plan(plan::Args),
+    /// Studies that anyone can run again
+    Reproduce(reproduce::Args),
     /// Compute recorded cases of other implementations again and compare
     Verify(verify::Args),
 }
@@ -88,6 +91,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args),
         Command::Merge(args) => merge::run(&args),
         Command::Plan(args) => plan::run(&args),
+        Command::Reproduce(args) => reproduce::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     ended(result.map(|()| ExitCode::SUCCESS))

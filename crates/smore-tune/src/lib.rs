@@ -20,6 +20,7 @@ pub mod merge;
 pub mod model;
 pub mod optimizer;
 pub mod plan;
+pub mod pilot;
 pub mod report;
 pub mod routing;
 pub mod run_folder;

@@ -4,6 +4,7 @@
 mod axis;
 mod chart;
 mod heat;
+mod interval;
 mod page;
 
 use crate::error::{Error, Result};
@@ -69,6 +70,17 @@ pub enum Section {
         columns: Vec<String>,
         /// Values, row by row.
         values: Vec<Vec<f64>>,
+    },
+    /// Numbers with intervals, one below the other, with a line at zero.
+    Intervals {
+        /// Heading.
+        heading: String,
+        /// What to know before reading it; may be empty.
+        note: String,
+        /// What the numbers count.
+        unit: String,
+        /// Name, number and half of its interval, which may be infinite.
+        rows: Vec<(String, f64, f64)>,
     },
 }
 
@@ -159,6 +171,12 @@ mod tests {
                 rows: vec![bad()],
                 columns: vec![bad()],
                 values: vec![vec![1.0]],
+            },
+            Section::Intervals {
+                heading: bad(),
+                note: bad(),
+                unit: bad(),
+                rows: vec![(bad(), 1.0, 0.5)],
             },
         ])
         .render();

@@ -28,6 +28,8 @@ pub enum Purpose {
     Dropout = 8,
     /// Samples drawn again for a bootstrap interval.
     Bootstrap = 12,
+    /// Which parts a composed task is put together from.
+    Tasks = 9,
 }
 
 /// The generator for one purpose at one step in one block (or any other place numbered by the

@@ -1,7 +1,7 @@
 //! The page around the charts.
 
 use super::chart::{self, Chart};
-use super::{Report, Section, heat};
+use super::{Report, Section, heat, interval};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 
 const STYLE: &str = include_str!("page.css");
@@ -44,6 +44,9 @@ fn render_section(section: &Section) -> Markup {
         }
         Section::HeatMap { heading, note, rows, columns, values } => {
             figure(heading, note, &heat::render(rows, columns, values))
+        }
+        Section::Intervals { heading, note, unit, rows } => {
+            figure(heading, note, &interval::render(heading, unit, rows))
         }
     }
 }

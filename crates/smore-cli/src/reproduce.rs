@@ -1,0 +1,96 @@
+//! `smore reproduce`
+
+use crate::{demo, table};
+use anyhow::Result;
+use indicatif::{ProgressBar, ProgressStyle};
+use smore_tune::pilot::{Event, Study, Verdict, reproduce};
+use std::path::PathBuf;
+
+#[derive(clap::Args)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(clap::Subcommand)]
+enum What {
+    /// Does structure help? LoRA, HydraLoRA, MixLoRA, S'MoRE and S'MoRE without parts of it at equal
+    /// trained parameters on a small base, from nothing but this program; goes on where it stopped
+    Pilot(PilotArgs),
+}
+
+#[derive(clap::Args)]
+struct PilotArgs {
+    /// Minutes instead of hours: no ablations, fewer samples, seeds and learning rates
+    #[arg(long)]
+    quick: bool,
+    /// Seeds of data and training that every contender meets
+    #[arg(long, value_parser = clap::value_parser!(u64).range(2..=100))]
+    seeds: Option<u64>,
+    /// Training samples of a trial
+    #[arg(long, value_parser = clap::value_parser!(u32).range(16..=100_000))]
+    samples: Option<u32>,
+    /// Folder to write, or of a study to go on with
+    #[arg(long, default_value = "runs/pilot")]
+    output: PathBuf,
+    /// Print one JSON object on standard output and nothing else
+    #[arg(long)]
+    json: bool,
+}
+
+pub(crate) fn run(args: &Args) -> Result<()> {
+    let What::Pilot(args) = &args.what;
+    let mut study = if args.quick { Study::quick() } else { Study::full() };
+    study.seeds = args.seeds.unwrap_or(study.seeds);
+    study.train = args.samples.map_or(study.train, |n| n as usize);
+    let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
+    let style = ProgressStyle::with_template("{bar:28.cyan/dim} {pos}/{len} trials  {eta} left");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    let interactive = !bar.is_hidden();
+    let watch = |event: Event| match event {
+        Event::Begun(done, trials) => {
+            bar.set_length(trials as u64);
+            bar.set_position(done as u64);
+            bar.reset_eta();
+        }
+        Event::Ended(t) => {
+            bar.inc(1);
+            let line = format!(
+                "{:6} {:28} rate {:.0e}, seed {:4}: loss {:.3}, accuracy {:.3}, {:.0} s",
+                t.family.name(),
+                t.contender.name(),
+                t.learning_rate,
+                t.seed,
+                t.loss,
+                t.accuracy,
+                t.seconds
+            );
+            if interactive {
+                bar.println(line);
+            } else if !args.json {
+                eprintln!("{line}");
+            }
+        }
+    };
+    let verdict = reproduce(&args.output, &demo::BASE, &study, &watch)?;
+    bar.finish_and_clear();
+    if args.json {
+        println!("{}", serde_json::to_string(&verdict)?);
+        return Ok(());
+    }
+    show(&verdict);
+    println!("\nEverything is in {}; look at report.html there", args.output.display());
+    Ok(())
+}
+
+fn show(verdict: &Verdict) {
+    for family in &verdict.study.families {
+        println!("\n{}: {}", family.name(), family.description());
+        let (columns, rows) = verdict.table(*family);
+        table::print(&columns.iter().map(String::as_str).collect::<Vec<_>>(), &rows);
+    }
+    println!("\nMeans over the seeds with 95% intervals; differences are taken seed by seed.");
+    for answer in verdict.answers() {
+        println!("{answer}");
+    }
+}
