@@ -5,8 +5,8 @@
 
 mod audit;
 mod clock;
-mod data;
 mod compare;
+mod data;
 mod demo;
 mod distill;
 mod doctor;
@@ -23,6 +23,7 @@ mod plan;
 mod progress;
 mod reproduce;
 mod table;
+mod trace;
 mod train;
 mod verify;
 
@@ -69,6 +70,8 @@ enum Command {
     Plan(plan::Args),
     /// Studies that anyone can run again
     Reproduce(reproduce::Args),
+    /// Show which experts act on which tokens, and what an answer loses without them
+    Trace(trace::Args),
     /// Compute recorded cases of other implementations again and compare
     Verify(verify::Args),
 }
@@ -92,6 +95,7 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Reproduce(args) => reproduce::run(&args),
+        Command::Trace(args) => trace::run(&args),
         Command::Verify(args) => verify::run(&args),
     };
     ended(result.map(|()| ExitCode::SUCCESS))

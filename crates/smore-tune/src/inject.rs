@@ -70,7 +70,8 @@ impl Slot {
         let place = self.place as u64;
         let own = |d: InputDropout| InputDropout { key: NoiseKey { place, ..d.key }, ..d };
         let noise = mode.noise.map(|noise| self.noise(noise));
-        Mode { noise, dropout: mode.dropout.map(own), ..mode }
+        let removed = mode.removed.filter(|removed| removed.place == place);
+        Mode { noise, dropout: mode.dropout.map(own), removed, ..mode }
     }
 
     /// Its parameters' names and shapes.

@@ -12,7 +12,7 @@ use crate::layout::SmoreLayout;
 use crate::propagate;
 use crate::router::{self, BalanceSlopes, Gate, LayerStats, noisy};
 use crate::spec::SmoreSpec;
-use crate::tree::ResidualTree;
+use crate::tree::{Removal, ResidualTree};
 use rayon::prelude::*;
 use smore_engine::cpu::chosen_rows;
 use smore_engine::{Cpu, Device, Float, View, ViewMut};
@@ -129,6 +129,8 @@ pub struct Pass<'a, T> {
     pub valid: Option<&'a [bool]>,
     /// Noise of the noisy gate in training.
     pub noise: Option<&'a GateNoise<T>>,
+    /// Taken out of the trees once they are routed. Routing itself stays as it is.
+    pub removed: Option<&'a Removal>,
 }
 
 /// The pass over tokens as a device computes it.
@@ -194,10 +196,17 @@ pub(crate) fn forward_block<T: Float>(
     let mut tree = fixed.unwrap_or_else(|| ResidualTree::zeros(spec, n));
     let view = &z[spec.stacked_ranks()..];
     if spec.bottom_up() {
-        let (routed, layers) = router::bottom_up::forward(core, n, z, &mut tree, keep);
+        let (routed, mut layers) = router::bottom_up::forward(core, n, z, &mut tree, keep);
+        if let Some(removed) = pass.removed {
+            tree.remove(removed);
+            layers = propagate_up(core, n, z, &tree);
+        }
         return Block { tree, routed, layers };
     }
     let routed = route_down(core, pass, first, n, view, &mut tree, keep);
+    if let Some(removed) = pass.removed {
+        tree.remove(removed);
+    }
     let layers = propagate_up(core, n, z, &tree);
     Block { tree, routed, layers }
 }
@@ -268,6 +277,63 @@ fn join<T: Float>(spec: &SmoreSpec, parts: &[(ResidualTree<T>, Vec<LayerStats>)]
     let (balance_losses, slopes) =
         stats.iter().map(|s| router::balance(spec.gate.kind, spec.gate.balance_weight, s)).unzip();
     Routing { tree, stats, balance_losses, slopes }
+}
+
+/// How much every node does to a token's output: the Euclidean norm of the change of the adapter's
+/// output when the node's gate weight, with what hangs below it, is set to zero and everything
+/// else stays. Per layer, leaves first, `[n * F_l]`, in units of the map's output.
+///
+/// The parts of one token need not add up to its output: behind a non-linearity nodes interact.
+pub fn contributions<T: Float>(
+    pass: &Pass<T>,
+    routing: &Routing<T>,
+    params: &[T],
+    z: &[T],
+) -> Vec<Vec<f64>> {
+    let (spec, core) = (pass.spec, Core::new(pass.spec, pass.layout, params));
+    let (width, root, top) = (spec.stack_width(), spec.root_width(), spec.depth() - 1);
+    let gram = gram(&params[pass.layout.output_proj..pass.layout.output_bias], root);
+    let mut norms: Vec<Vec<f64>> = spec.layers.iter().map(|_| Vec::new()).collect();
+    for (first, n) in pieces(0, z.len() / width, BLOCK) {
+        let z = &z[first * width..(first + n) * width];
+        let tree = routing.tree.tokens(spec, first, n);
+        let whole = propagate_up(&core, n, z, &tree);
+        for (l, layer) in spec.layers.iter().enumerate() {
+            let start = norms[l].len();
+            norms[l].resize(start + n * layer.nodes, 0.0);
+            for node in 0..layer.nodes {
+                let mut without = tree.clone();
+                without.clear(l, (0..n * layer.nodes).map(|i| i % layer.nodes == node).collect());
+                let rest = propagate_up(&core, n, z, &without);
+                let pairs = whole[top].hidden.chunks_exact(root);
+                for (t, (a, b)) in pairs.zip(rest[top].hidden.chunks_exact(root)).enumerate() {
+                    let change: Vec<f64> =
+                        a.iter().zip(b).map(|(a, b)| a.to_f64() - b.to_f64()).collect();
+                    norms[l][start + t * layer.nodes + node] = norm_in(&gram, &change);
+                }
+            }
+        }
+    }
+    norms
+}
+
+/// W^T W of `w [d_out, d]`.
+fn gram<T: Float>(w: &[T], d: usize) -> Vec<f64> {
+    let mut gram = vec![0.0; d * d];
+    for row in w.chunks_exact(d) {
+        for (gram, a) in gram.chunks_exact_mut(d).zip(row) {
+            for (g, b) in gram.iter_mut().zip(row) {
+                *g += a.to_f64() * b.to_f64();
+            }
+        }
+    }
+    gram
+}
+
+/// |W x| from W^T W.
+fn norm_in(gram: &[f64], x: &[f64]) -> f64 {
+    let dot = |row: &[f64]| row.iter().zip(x).map(|(g, x)| g * x).sum::<f64>();
+    gram.chunks_exact(x.len()).zip(x).map(|(row, x)| x * dot(row)).sum::<f64>().max(0.0).sqrt()
 }
 
 /// Output of every layer for a batch already routed: `[n * F_{l+1}, d_{l+1}]`, leaves first. Slow

@@ -25,7 +25,54 @@ pub struct TreeLayer<T> {
     pub source: Option<Vec<u32>>,
 }
 
+/// What is taken out of trees to see what it does: all nodes of a layer at which `path[0]` stands,
+/// under a parent at which `path[1]` stands, and so on upwards. A path of one expert is the expert
+/// wherever it stands, a path up to the top layer is one sub-tree.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Removal {
+    /// S'MoRE layer, 0 at the leaves.
+    pub layer: usize,
+    /// An expert of that layer, then of the layers above it. Longer than one only where every
+    /// node has one parent ([`SmoreSpec::is_tree`]).
+    pub path: Vec<u16>,
+}
+
 impl<T: Copy + Default> ResidualTree<T> {
+    /// Sets the gate weights of what is removed to zero, and does not divide the others by their
+    /// new sum. What hangs below goes with it where nodes do not share what is below them.
+    pub fn remove(&mut self, removal: &Removal) {
+        let stands = |node| self.stands(removal, node);
+        let nodes = self.layers[removal.layer].expert_idx.len();
+        let gone: Vec<bool> = (0..nodes).map(stands).collect();
+        self.clear(removal.layer, gone);
+    }
+
+    /// Sets the weights of the marked nodes of `layer`, and of what hangs below them, to zero.
+    pub(crate) fn clear(&mut self, layer: usize, mut gone: Vec<bool>) {
+        let shared = self.layers.iter().any(|l| l.source.is_some());
+        for l in (0..=layer).rev() {
+            for (weight, _) in self.layers[l].gate_weight.iter_mut().zip(&gone).filter(|x| *x.1) {
+                *weight = T::default();
+            }
+            if l == 0 || shared {
+                break;
+            }
+            let fanout = self.layers[l - 1].expert_idx.len() / gone.len().max(1);
+            gone = gone.iter().flat_map(|&g| std::iter::repeat_n(g, fanout)).collect();
+        }
+    }
+
+    fn stands(&self, removal: &Removal, mut node: usize) -> bool {
+        let len = |l: usize| self.layers[l].expert_idx.len();
+        removal.path.iter().enumerate().all(|(up, &expert)| {
+            let l = removal.layer + up;
+            if up > 0 {
+                node /= len(l - 1) / len(l);
+            }
+            self.layers[l].expert_idx[node] == expert
+        })
+    }
+
     /// Trees of `n_tokens` tokens, all nodes at expert 0 with weight 0.
     pub fn zeros(spec: &SmoreSpec, n_tokens: usize) -> Self {
         let layer = |(l, layer): (usize, &LayerSpec)| TreeLayer {

@@ -464,7 +464,8 @@ fn three_roots(activation: &'static str, position: &'static str) -> [Vec<f64>; 3
         params[param.range()].fill(0.25);
     }
     let (_, saved) = forward(&smore, None, &params, &drawn.tokens(TOKENS));
-    let pass = Pass { spec: &smore.spec, layout: &smore.layout, valid: None, noise: None };
+    let (spec, layout) = (&smore.spec, &smore.layout);
+    let pass = Pass { spec, layout, valid: None, noise: None, removed: None };
     let mut routing = saved.routing;
     [[0, 2, 1, 3], [0, 1, 2, 3], [2, 3, 0, 1]].map(|leaves| {
         routing.tree.layers[1].expert_idx = [0, 1].repeat(TOKENS);

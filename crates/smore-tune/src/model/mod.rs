@@ -11,6 +11,7 @@ mod ffn;
 pub mod folder;
 pub mod rope;
 pub mod spec;
+mod traced;
 pub mod weights;
 
 use crate::inject::Adapters;
@@ -232,10 +233,13 @@ impl<D: AdapterKernels> Model<D> {
 
     /// -ln p of every target, without gradients.
     pub fn losses(&self, batch: &Batch) -> Vec<f64> {
+        self.losses_from(0, self.embed(&batch.ids), batch, Mode::plain())
+    }
+
+    /// -ln p of every target, given the input of block `first`.
+    fn losses_from(&self, first: usize, mut x: D::Buf, batch: &Batch, mode: Mode) -> Vec<f64> {
         let n = batch.ids.len();
-        let mut x = self.embed(&batch.ids);
-        let mode = Mode::plain();
-        for b in 0..self.spec.blocks {
+        for b in first..self.spec.blocks {
             let shape = self.attention_shape(batch, b);
             self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
         }
@@ -265,7 +269,7 @@ impl<D: AdapterKernels> Model<D> {
             }
             _ => None,
         };
-        Mode { valid: None, noise, dropout }
+        Mode { noise, dropout, ..Mode::plain() }
     }
 
     /// Losses of a batch; adds the gradients of `scales.loss * sum + scales.balance * balance` to

@@ -157,7 +157,7 @@ impl LayerCase {
     ) {
         let (spec, layout, n) = (&self.smore.spec, &self.smore.layout, inputs.n);
         let (valid, noise) = (inputs.valid.as_deref(), inputs.noise.as_ref());
-        let pass = Pass { spec, layout, valid, noise };
+        let pass = Pass { spec, layout, valid, noise, removed: None };
         let routing = &saved.routing;
         let hidden = hidden_states(&pass, routing, &inputs.params, &saved.z);
         for (l, (layer, hidden)) in spec.layers.iter().zip(&hidden).enumerate() {

@@ -96,7 +96,10 @@ impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
         let (n, width) = (x.len / d_in, self.spec.stack_width());
         let z = self.stack().project(device, mode.dropout, params.at(0..self.layout.up), x);
         let z_view = View::new(&z, n * width);
-        let routing = flat::route(self.gate(), 0.0, &self.logits(device, z_view), mode.valid);
+        let mut routing = flat::route(self.gate(), 0.0, &self.logits(device, z_view), mode.valid);
+        if let Some(removed) = mode.removed {
+            routing.tree.remove(removed.what);
+        }
         let weights = device.upload(&transposed(&routing.tree.layers[0].gate_weight, heads));
         for i in 0..heads {
             let weights = View::new(&weights, heads * n).at(i * n..(i + 1) * n);

@@ -97,7 +97,10 @@ impl MixLora {
         let stack = params.at(0..self.layout.stack_end);
         let z = self.stack().project(device, mode.dropout, stack, input.x);
         let logits = self.logits(device, View::new(&z, n * width));
-        let routing = flat::route(self.gate(), balance_weight, &logits, mode.valid);
+        let mut routing = flat::route(self.gate(), balance_weight, &logits, mode.valid);
+        if let Some(removed) = mode.removed {
+            routing.tree.remove(removed.what);
+        }
         device.clear(inner.rb());
         let pairs = Pairs::new(device, &routing.tree.layers[0], self.spec);
         let mut rows = Rows::new(device, &self.spec, pairs.nodes.len(), false);

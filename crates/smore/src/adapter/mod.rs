@@ -14,6 +14,7 @@ pub use smore::{Smore, SmoreSaved};
 
 use crate::kernel::{AdapterKernels, GateNoise, Routing};
 use crate::layout::Param;
+use crate::tree::Removal;
 use rand::Rng;
 use smore_engine::{View, ViewMut};
 
@@ -26,12 +27,23 @@ pub struct Mode<'a> {
     pub noise: Option<Noise<'a>>,
     /// Dropout on the adapter's input, in a training step.
     pub dropout: Option<InputDropout>,
+    /// What is taken out of one adapter's trees, to see what it does. No training step has it.
+    pub removed: Option<Removed<'a>>,
+}
+
+/// A removal at one of a model's adapters.
+#[derive(Clone, Copy, Debug)]
+pub struct Removed<'a> {
+    /// Number of the adapted linear map, as in [`NoiseKey`].
+    pub place: u64,
+    /// What goes.
+    pub what: &'a Removal,
 }
 
 impl Mode<'_> {
     /// A pass that is no training step, over tokens that all count.
     pub fn plain() -> Self {
-        Self { valid: None, noise: None, dropout: None }
+        Self { valid: None, noise: None, dropout: None, removed: None }
     }
 }
 

@@ -59,23 +59,37 @@ impl Smore {
         dropout: Option<InputDropout>,
         params: View<D>,
         x: View<D>,
+        y: ViewMut<D>,
+    ) -> SmoreSaved<D> {
+        let (spec, layout) = (&self.spec, &self.layout);
+        let pass = Pass { spec, layout, valid, noise, removed: None };
+        self.forward_pass(device, &pass, dropout, params, x, y)
+    }
+
+    fn forward_pass<D: AdapterKernels>(
+        &self,
+        device: &D,
+        pass: &Pass<D::Elem>,
+        dropout: Option<InputDropout>,
+        params: View<D>,
+        x: View<D>,
         mut y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
         let mut hidden = device.zeros(n * root);
-        let pass = Pass { spec, layout, valid, noise };
         let target = ViewMut::new(&mut hidden, n * root);
-        let (z, routing) = if n == 1 && dropout.is_none() && !spec.bottom_up() {
-            let mut z = device.zeros(width);
-            let z_view = ViewMut::new(&mut z, width);
-            let routing = device.token_forward(&pass, params, x, z_view, target);
-            (z, routing)
-        } else {
-            let z = self.project(device, dropout, params, x, n);
-            let routing = device.tree_forward(&pass, params, View::new(&z, n * width), target);
-            (z, routing)
-        };
+        let (z, routing) =
+            if n == 1 && dropout.is_none() && pass.removed.is_none() && !spec.bottom_up() {
+                let mut z = device.zeros(width);
+                let z_view = ViewMut::new(&mut z, width);
+                let routing = device.token_forward(pass, params, x, z_view, target);
+                (z, routing)
+            } else {
+                let z = self.project(device, dropout, params, x, n);
+                let routing = device.tree_forward(pass, params, View::new(&z, n * width), target);
+                (z, routing)
+            };
         let out = params.at(layout.output_proj..layout.output_bias);
         let out = MatrixRef::Trained(out, spec.d_out, root);
         device.linear(View::new(&hidden, n * root), out, y.rb(), n, true);
@@ -116,7 +130,7 @@ impl Smore {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
         let (proj, bias, stack_end) = (layout.output_proj, layout.output_bias, layout.stack_bias);
-        let pass = Pass { spec, layout, valid, noise };
+        let pass = Pass { spec, layout, valid, noise, removed: None };
         let z = View::new(&saved.z, n * width);
         let room = n.min(BACKWARD_TOKENS);
         let (mut dz, mut hidden) = (device.zeros(room * width), device.zeros(room * root));
@@ -185,7 +199,14 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
         y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let noise = self.noise(mode, x.len / self.spec.d_in);
-        self.forward_with(device, mode.valid, noise.as_ref(), mode.dropout, params, x, y)
+        let pass = Pass {
+            spec: &self.spec,
+            layout: &self.layout,
+            valid: mode.valid,
+            noise: noise.as_ref(),
+            removed: mode.removed.map(|r| r.what),
+        };
+        self.forward_pass(device, &pass, mode.dropout, params, x, y)
     }
 
     fn backward(
@@ -200,6 +221,7 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
         grads: ViewMut<D>,
         dx: Option<ViewMut<D>>,
     ) {
+        assert!(mode.removed.is_none(), "removals are for measuring, not for training");
         let noise = self.noise(mode, x.len / self.spec.d_in);
         self.backward_with(
             device,

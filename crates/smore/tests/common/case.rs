@@ -109,7 +109,12 @@ impl Case {
         let (_, mut saved) = self.forward::<f64>(params, x);
         saved.routing.tree = tree.clone();
         let (valid, noise) = (self.valid.as_deref(), self.noise.as_ref());
-        hidden_states(&Pass { spec, layout, valid, noise }, &saved.routing, params, &saved.z)
+        hidden_states(
+            &Pass { spec, layout, valid, noise, removed: None },
+            &saved.routing,
+            params,
+            &saved.z,
+        )
     }
 
     /// Gradients of sum(y g) + `balance` times the balance losses, by the parameters and by x.
