@@ -3,7 +3,7 @@
 use crate::{demo, table};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
-use smore_tune::pilot::{Event, Study, Verdict, reproduce};
+use smore_tune::pilot::{Event, Family, Study, Verdict, reproduce};
 use std::path::PathBuf;
 
 #[derive(clap::Args)]
@@ -30,6 +30,9 @@ struct PilotArgs {
     /// Training samples of a trial
     #[arg(long, value_parser = clap::value_parser!(u32).range(16..=100_000))]
     samples: Option<u32>,
+    /// Ask on these tasks alone; may be given several times
+    #[arg(long, value_parser = family)]
+    family: Vec<Family>,
     /// Folder to write, or of a study to go on with
     #[arg(long, default_value = "runs/pilot")]
     output: PathBuf,
@@ -43,6 +46,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut study = if args.quick { Study::quick() } else { Study::full() };
     study.seeds = args.seeds.unwrap_or(study.seeds);
     study.train = args.samples.map_or(study.train, |n| n as usize);
+    if !args.family.is_empty() {
+        study.families.clone_from(&args.family);
+    }
     let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let style = ProgressStyle::with_template("{bar:28.cyan/dim} {pos}/{len} trials  {eta} left");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
@@ -81,6 +87,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     show(&verdict);
     println!("\nEverything is in {}; look at report.html there", args.output.display());
     Ok(())
+}
+
+fn family(name: &str) -> Result<Family, String> {
+    let known = Family::ALL.map(Family::name);
+    let found = Family::ALL.into_iter().find(|family| family.name() == name);
+    found.ok_or_else(|| format!("expected one of {}", known.join(", ")))
 }
 
 fn show(verdict: &Verdict) {

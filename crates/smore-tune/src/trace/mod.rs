@@ -101,8 +101,11 @@ impl Trace {
                     .into(),
             ));
         }
-        let token = |&id| Ok(Token { id, text: tokenizer.decode(&[id], false)? });
-        Ok(Self { tokens: batch.ids.iter().map(token).collect::<Result<_>>()?, places })
+        let token = |i| {
+            let text = text_in_place(&batch.ids, i, tokenizer)?;
+            Ok(Token { id: batch.ids[i], text })
+        };
+        Ok(Self { tokens: (0..batch.ids.len()).map(token).collect::<Result<_>>()?, places })
     }
 
     /// Writes it as JSONL.
@@ -128,4 +131,15 @@ impl Trace {
         }
         Ok(())
     }
+}
+
+/// What token `i` adds to the text: a token by itself loses the space in front of it.
+fn text_in_place(ids: &[u32], i: usize, tokenizer: &Tokenizer) -> Result<String> {
+    let alone = tokenizer.decode(&ids[i..=i], false)?;
+    if i == 0 {
+        return Ok(alone);
+    }
+    let (before, both) =
+        (tokenizer.decode(&ids[i - 1..i], false)?, tokenizer.decode(&ids[i - 1..=i], false)?);
+    Ok(both.strip_prefix(&before).map_or(alone, str::to_owned))
 }

@@ -57,7 +57,7 @@ function paint() {
 
 function showTree() {
   const all = layers(place), depth = all.length, leaves = all[0].nodes;
-  const width = Math.max(320, leaves * 62), height = 40 + depth * 96;
+  const width = Math.max(320, leaves * 62), height = 84 + depth * 92;
   const x = (l, i) => (i + 0.5) * width / all[l].nodes;
   const y = (l) => 24 + (depth - l) * 92;
   const svg = ['<svg role="img" aria-label="residual tree" width="' + width + '" height="' + height + '">'];
