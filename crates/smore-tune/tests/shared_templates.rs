@@ -76,7 +76,7 @@ fn renderings_equal_the_reference() {
 #[test]
 fn answers_are_found_in_every_rendering() {
     let Some(folder) = templates() else { return };
-    let mut n_checked = 0;
+    let (mut n_checked, mut n_refused) = (0, 0);
     for case in cases(&folder) {
         let (messages, label) = (messages(&case), format!("{} {}", case["template"], case["case"]));
         let answers: Vec<&str> =
@@ -84,7 +84,18 @@ fn answers_are_found_in_every_rendering() {
         if answers.is_empty() || case["rendered"].is_null() {
             continue;
         }
-        let (text, ranges) = template(&folder, &case).render_training(&messages).unwrap();
+        let rendered = template(&folder, &case).render_training(&messages);
+        // This template writes the system message in front of a last user message alone: behind an
+        // answer it would be lost without a word.
+        let drops_system = case["template"].as_str().unwrap().contains("Mistral-Nemo")
+            && messages.iter().any(|m| m.role == "system");
+        if drops_system {
+            let message = rendered.unwrap_err().to_string();
+            assert!(message.contains("passes over message 0"), "{label}: {message}");
+            n_refused += 1;
+            continue;
+        }
+        let (text, ranges) = rendered.unwrap();
         assert_eq!(ranges.len(), answers.len(), "{label}");
         for (range, answer) in ranges.into_iter().zip(answers) {
             let trained = &text[range];
@@ -97,5 +108,5 @@ fn answers_are_found_in_every_rendering() {
         }
         n_checked += 1;
     }
-    assert!(n_checked > 30, "{n_checked}");
+    assert!(n_checked > 30 && n_refused > 0, "{n_checked}, {n_refused}");
 }
