@@ -30,6 +30,9 @@ struct PilotArgs {
     /// Training samples of a trial
     #[arg(long, value_parser = clap::value_parser!(u32).range(16..=100_000))]
     samples: Option<u32>,
+    /// Held-out questions of a trial
+    #[arg(long, value_parser = clap::value_parser!(u32).range(2..=100_000))]
+    questions: Option<u32>,
     /// Ask on these tasks alone; may be given several times
     #[arg(long, value_parser = family)]
     family: Vec<Family>,
@@ -46,6 +49,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let mut study = if args.quick { Study::quick() } else { Study::full() };
     study.seeds = args.seeds.unwrap_or(study.seeds);
     study.train = args.samples.map_or(study.train, |n| n as usize);
+    study.held_out = args.questions.map_or(study.held_out, |n| n as usize);
     if !args.family.is_empty() {
         study.families.clone_from(&args.family);
     }

@@ -10,7 +10,7 @@ use workplace::{refused, smore};
 #[test]
 fn a_study_ends_with_a_page_and_goes_on_where_it_stopped() {
     let dir = tempfile::tempdir().unwrap();
-    let args = "reproduce pilot --quick --family pairs --samples 16 --seeds 2 --json";
+    let args = "reproduce pilot --quick --family pairs --samples 16 --questions 4 --seeds 2 --json";
     let args: Vec<&str> = args.split(' ').collect();
     let run = || -> Value {
         let output = smore(dir.path(), &args).assert().success().get_output().stdout.clone();
@@ -28,7 +28,7 @@ fn a_study_ends_with_a_page_and_goes_on_where_it_stopped() {
     assert!(read("verdict.md").contains("| S'MoRE, 2 layers |"));
     let trials = read("trials.jsonl");
     assert_eq!(trials.lines().count(), 20);
-    let kept: String = trials.lines().take(18).map(|line| format!("{line}\n")).collect();
+    let kept = trials.lines().take(18).collect::<Vec<_>>().join("\n") + "\n";
     std::fs::write(folder.join("trials.jsonl"), kept).unwrap();
     let again = run();
     for (a, b) in whole["rows"].as_array().unwrap().iter().zip(again["rows"].as_array().unwrap()) {
