@@ -21,7 +21,7 @@ enum What {
 
 #[derive(clap::Args)]
 struct PilotArgs {
-    /// Minutes instead of hours: no ablations, fewer samples, seeds and learning rates
+    /// A smaller study: no ablations, fewer samples, seeds and learning rates
     #[arg(long)]
     quick: bool,
     /// Seeds of data and training that every contender meets

@@ -72,7 +72,7 @@ impl Study {
         }
     }
 
-    /// The same question, asked in minutes.
+    /// The same question, asked with less.
     pub fn quick() -> Self {
         Self {
             contenders: Contender::ALL[..5].to_vec(),
@@ -165,8 +165,7 @@ fn plan<'a>(
     todo
 }
 
-/// Runs the trials, one thread each: products this small are slower on two threads than two of them
-/// side by side. Results do not depend on it.
+/// Runs the trials side by side, one thread each. Results do not depend on it.
 fn run_all(
     bench: &Bench,
     ledger: &Ledger,
