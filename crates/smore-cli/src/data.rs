@@ -188,7 +188,7 @@ struct Histogram {
 
 impl Histogram {
     fn of(samples: &[Sample]) -> Self {
-        let lengths = || samples.iter().map(|sample| sample.ids.len());
+        let lengths = || samples.iter().map(Sample::len);
         let (shortest, longest) = (lengths().min().unwrap_or(0), lengths().max().unwrap_or(0));
         let width = (longest - shortest + 1).div_ceil(BARS);
         let mut counts = vec![0; (longest - shortest) / width + 1];
@@ -227,12 +227,12 @@ fn sample(data: &Dataset, n: usize, tokenizer: &Tokenizer) -> Result<Shown> {
     let mut parts = Vec::new();
     let (mut from, mut text) = (0, String::new());
     // Decoded from the start, since a token's text depends on those before it.
-    for end in 1..=sample.ids.len() {
-        let trained = sample.trained[end - 1];
-        if sample.trained.get(end) == Some(&trained) {
+    for end in 1..=sample.len() {
+        let trained = sample.trained()[end - 1];
+        if sample.trained().get(end) == Some(&trained) {
             continue;
         }
-        let whole = tokenizer.decode(&sample.ids[..end], false)?;
+        let whole = tokenizer.decode(&sample.ids()[..end], false)?;
         let common = whole.char_indices().zip(text.chars()).take_while(|((_, a), b)| a == b);
         from = common.last().map_or(from, |((at, c), _)| at + c.len_utf8());
         parts.push((trained, whole[from..].to_owned()));
@@ -241,7 +241,7 @@ fn sample(data: &Dataset, n: usize, tokenizer: &Tokenizer) -> Result<Shown> {
     let origin = &sample.origin;
     Ok(Shown {
         place: format!("{}:{}", origin.file.display(), origin.line),
-        tokens: sample.ids.len(),
+        tokens: sample.len(),
         truncated: sample.truncated,
         parts,
     })

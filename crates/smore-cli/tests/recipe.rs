@@ -235,12 +235,19 @@ fn routers_can_stand_still() {
 fn early_stopping_and_the_best_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path();
-    let spoiling = "learning_rate: 0.4, max_grad_norm: 0, lr_scheduler_type: constant, \
-                    warmup_ratio: 0, max_steps: 12, eval_steps: 1, save_steps: 1";
-    let last = train(folder, "last", with(spoiling));
+    let best_of = |run: &Value| run["best_step"].as_u64().unwrap();
+    // Which step is the best is chance, and another processor's chance is another.
+    let spoiled = (1..20).find_map(|seed| {
+        let spoiling = format!(
+            "learning_rate: 0.4, max_grad_norm: 0, lr_scheduler_type: constant, warmup_ratio: 0, \
+             max_steps: 12, eval_steps: 1, save_steps: 1, seed: {seed}"
+        );
+        let last = train(folder, "last", with(&spoiling));
+        (best_of(&last) <= 8).then_some((spoiling, last))
+    });
+    let (spoiling, last) = spoiled.unwrap();
     assert_eq!((&last["steps"], &last["stopped_early"]), (&12.into(), &false.into()));
-    let best_step = last["best_step"].as_u64().unwrap();
-    assert!(best_step < 12, "{last}");
+    let best_step = best_of(&last);
     assert_eq!(last["exported_step"], 12);
 
     let keys = format!("{spoiling}, load_best_model_at_end: true");

@@ -112,6 +112,10 @@ pub struct DataConfig {
     /// Longest sample in tokens; what is beyond is cut from the end.
     #[serde(default = "default_cutoff_len")]
     pub cutoff_len: usize,
+    /// A folder on a disk for the tokens of data that is larger than 4 MiB of tokens; the system's
+    /// folder for temporary files where absent. Nothing is left there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cache_dir: Option<PathBuf>,
 }
 
 fn default_cutoff_len() -> usize {

@@ -40,7 +40,7 @@ pub fn usage(model: &Model<Cpu<f32>>, samples: &[&Sample]) -> Vec<LayerUsage> {
     for chunk in samples.chunks(32) {
         let mut batch = Batch::default();
         for sample in chunk {
-            batch.push(&sample.ids, &sample.trained);
+            batch.push(sample.ids(), sample.trained());
         }
         let routed = model.routing(&batch);
         let layers = model.adapters.slots.iter().zip(&routed).flat_map(|(slot, routing)| {

@@ -25,6 +25,11 @@ const MARKS: [char; 4] = [ANSWER_START, ANSWER_END, TRAINED_START, TRAINED_END];
 /// The role whose messages are answers.
 pub const ASSISTANT: &str = "assistant";
 
+/// The keys of [`Message::extra`] under which templates look for calls of tools and for the thought
+/// in front of an answer.
+pub(crate) const CALLS: &str = "tool_calls";
+pub(crate) const REASONING: &str = "reasoning_content";
+
 /// One message of a conversation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
@@ -34,7 +39,7 @@ pub struct Message {
     pub content: String,
     /// Whether it is trained, if it is an answer.
     pub trained: bool,
-    /// What else a template may read: `tool_calls`, `tool_call_id`, `name`.
+    /// What else a template may read: `tool_calls`, `reasoning_content`, `tool_call_id`, `name`.
     pub extra: Map<String, Value>,
 }
 
@@ -52,7 +57,12 @@ impl Message {
 
     /// The tools it calls.
     fn calls(&self) -> Option<&Value> {
-        self.extra.get("tool_calls")
+        self.extra.get(CALLS)
+    }
+
+    /// What it thinks before it answers.
+    fn reasoning(&self) -> Option<&str> {
+        self.extra.get(REASONING)?.as_str()
     }
 }
 
@@ -240,14 +250,51 @@ impl Template {
                     message.role
                 )));
             }
-            if message.calls().is_some_and(|calls| !names(calls).all(&says)) {
+            if message.reasoning().is_some_and(|thought| message.trained && !says(thought)) {
+                return Err(self.error(&format!(
+                    "passes over the reasoning of message {i} of the conversation, so that its \
+                     answer would be trained without; give that message weight 0, end the \
+                     conversation with it, or use a template that keeps it"
+                )));
+            }
+        }
+        match &self.kind {
+            Kind::Jinja(jinja)
+                if tools.is_some() || messages.iter().any(|m| m.calls().is_some()) =>
+            {
+                self.check_tools(jinja, messages, tools)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Finds the names of tools and of those that are called by rendering once more with a mark behind
+    /// each: the name alone may also be a word of the conversation.
+    fn check_tools(
+        &self,
+        jinja: &JinjaTemplate,
+        messages: &[Message],
+        tools: Option<&Value>,
+    ) -> Result<()> {
+        let mut marked = messages.to_vec();
+        for calls in marked.iter_mut().filter_map(|m| m.extra.get_mut(CALLS)) {
+            mark_names(calls, ANSWER_START);
+        }
+        let mut marked_tools = tools.cloned();
+        if let Some(tools) = &mut marked_tools {
+            mark_names(tools, ANSWER_END);
+        }
+        let text = self.render_jinja(jinja, &marked, marked_tools.as_ref(), false)?;
+        let says = |name: &str| text.contains(name);
+        for (i, message) in marked.iter().enumerate() {
+            if message.calls().is_some_and(|calls| !names(calls).all(says)) {
                 return Err(self.error(&format!(
                     "passes over the tool calls of message {i} of the conversation; use a template \
                      that knows tool_calls, or take such conversations out"
                 )));
             }
         }
-        if tools.is_some_and(|tools| !names(tools).all(says)) {
+        if marked_tools.is_some_and(|tools| !names(&tools).all(says)) {
             return Err(self.error(
                 "passes over the tools of the conversation; use a template that knows tools, or \
                  leave the field out with columns: {tools: null}",
@@ -265,6 +312,10 @@ impl Template {
         let mut answers = Vec::new();
         for (i, message) in messages.iter().enumerate() {
             let start = text.len();
+            if let Some(thought) = message.reasoning() {
+                text.push_str(thought);
+                text.push('\n');
+            }
             text.push_str(&message.content);
             if let Some(calls) = message.calls() {
                 text.push_str(&calls.to_string());
@@ -319,8 +370,8 @@ impl Template {
         messages: &[Message],
         tools: Option<&Value>,
     ) -> Result<(String, Vec<Range<usize>>)> {
-        if messages.iter().any(|message| message.calls().is_some()) {
-            return self.find_calls(jinja, messages, tools);
+        if messages.iter().any(|m| m.calls().is_some() || m.reasoning().is_some()) {
+            return self.find_whole(jinja, messages, tools);
         }
         let text = without_marks(&self.render_jinja(jinja, messages, tools, false)?);
         let marked: Vec<Message> = messages.iter().map(mark_answer).collect();
@@ -360,27 +411,39 @@ impl Template {
         Ok((text, ranges))
     }
 
-    /// Finds the answers of a conversation with tool calls, whose texts cannot be marked: each is
-    /// what the conversation up to it has more than its prompt.
-    fn find_calls(
+    /// Finds the answers of a conversation with tool calls or reasoning, which cannot be marked: each
+    /// is what the conversation up to it has more than its prompt.
+    fn find_whole(
         &self,
         jinja: &JinjaTemplate,
         messages: &[Message],
         tools: Option<&Value>,
     ) -> Result<(String, Vec<Range<usize>>)> {
         let text = without_marks(&self.render_jinja(jinja, messages, tools, false)?);
+        // `messages` ends with an answer, so the text ends with what closes one.
+        let closes = |token: &&str| !token.is_empty() && text.trim_end().ends_with(*token);
+        let added = jinja.added_tokens.iter().map(String::as_str);
+        let ending = added.chain([self.eos_token.as_str()]).filter(closes).max_by_key(|t| t.len());
+        let ending = ending.unwrap_or_default().to_owned();
         let mut ranges = Vec::new();
         for i in (0..messages.len()).filter(|&i| messages[i].is_answer()) {
             let prompt = without_marks(&self.render_jinja(jinja, &messages[..i], tools, true)?);
             let whole = without_marks(&self.render_jinja(jinja, &messages[..=i], tools, false)?);
-            let end = whole.trim_end().len();
-            if !text.starts_with(&whole[..end]) || !text.starts_with(&prompt) || prompt.len() > end
-            {
-                return Err(self.error(
-                    "an answer cannot be found in the rendered conversation with tool calls; mark \
-                     the answers in the template with {% generation %} ... {% endgeneration %}",
-                ));
+            let mut end = Some(whole.trim_end().len());
+            if !end.is_some_and(|end| text.starts_with(&whole[..end]) && prompt.len() <= end) {
+                // Templates leave out what was thought for an earlier question.
+                let rest = text.get(prompt.len()..).filter(|_| !ending.is_empty());
+                end = rest
+                    .and_then(|rest| rest.find(&ending))
+                    .map(|n| prompt.len() + n + ending.len());
             }
+            let Some(end) = end.filter(|_| text.starts_with(&prompt)) else {
+                return Err(self.error(
+                    "an answer cannot be found in the rendered conversation with tool calls or \
+                     reasoning; mark the answers in the template with {% generation %} ... \
+                     {% endgeneration %}",
+                ));
+            };
             ranges.push(prompt.len()..end);
         }
         Ok((text, ranges))
@@ -424,6 +487,15 @@ fn mark_answer(message: &Message) -> Message {
 /// The names of tools, or of the tools that are called.
 fn names(tools: &Value) -> impl Iterator<Item = &str> {
     tools.as_array().into_iter().flatten().filter_map(|tool| tool["function"]["name"].as_str())
+}
+
+/// Puts a mark behind those names.
+fn mark_names(tools: &mut Value, mark: char) {
+    for tool in tools.as_array_mut().into_iter().flatten() {
+        if let Some(Value::String(name)) = tool.pointer_mut("/function/name") {
+            name.push(mark);
+        }
+    }
 }
 
 /// Where `mark` stands, counted in bytes of the text without any marks.

@@ -280,7 +280,7 @@ fn a_byte_order_mark_does_no_harm() {
     ];
     let ids = files.map(|(file, text)| {
         let marked = format!("\u{feff}{text}");
-        load(dir.path(), file, marked.as_bytes(), "{}").unwrap().train.remove(0).ids
+        load(dir.path(), file, marked.as_bytes(), "{}").unwrap().train.remove(0).ids().to_vec()
     });
     assert_eq!(ids[0], ids[1]);
     assert_eq!(ids[0], ids[2]);

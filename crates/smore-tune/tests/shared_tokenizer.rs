@@ -94,8 +94,8 @@ fn public_datasets_load() {
         let held_out = data.validation.len() as f64 / data.report.kept as f64;
         assert!((0.05..0.15).contains(&held_out), "{file}: {held_out}");
         for sample in data.train.iter().chain(&data.validation) {
-            assert!(sample.ids.len() <= 4096 && sample.n_trained() > 0, "{file}");
-            assert!(!sample.trained[0], "{file}");
+            assert!(sample.len() <= 4096 && sample.n_trained() > 0, "{file}");
+            assert!(!sample.trained()[0], "{file}");
         }
     }
 }
@@ -112,9 +112,9 @@ fn serving_reads_what_training_reads() {
         let sample = data::tokenize(&document, &tokenizer, &template, 4096).unwrap().remove(0);
         let data::Content::Chat(messages) = &document.content else { panic!("not a conversation") };
         let prompt = template.encode_prompt(&tokenizer, &messages[..messages.len() - 1]).unwrap();
-        assert_eq!(prompt, sample.ids[..sample.prompt_len], "line {}", document.origin.line);
-        let answer = tokenizer.decode(&sample.ids[sample.prompt_len..], true).unwrap();
+        assert_eq!(prompt, sample.ids()[..sample.prompt_len], "line {}", document.origin.line);
+        let answer = tokenizer.decode(&sample.ids()[sample.prompt_len..], true).unwrap();
         assert_eq!(answer.trim(), messages[messages.len() - 1].content.trim());
-        assert_eq!(sample.ids.last().copied(), tokenizer.eos_id());
+        assert_eq!(sample.ids().last().copied(), tokenizer.eos_id());
     }
 }

@@ -22,13 +22,13 @@ pub fn duplicates(data: &Dataset) -> Vec<Duplicate> {
     // Hashes alone, so that no tokens are held twice.
     let mut seen: HashMap<u64, Vec<u32>> = HashMap::new();
     for (i, sample) in data.train.iter().enumerate() {
-        seen.entry(state.hash_one(&sample.ids)).or_default().push(i as u32);
+        seen.entry(state.hash_one(sample.ids())).or_default().push(i as u32);
     }
     let place =
         |sample: &Sample| format!("{}:{}", sample.origin.file.display(), sample.origin.line);
     let twin = |sample: &Sample| {
-        let same = seen.get(&state.hash_one(&sample.ids))?;
-        same.iter().map(|&i| &data.train[i as usize]).find(|other| other.ids == sample.ids)
+        let same = seen.get(&state.hash_one(sample.ids()))?;
+        same.iter().map(|&i| &data.train[i as usize]).find(|other| other.ids() == sample.ids())
     };
     let held_out = data.validation.iter();
     held_out

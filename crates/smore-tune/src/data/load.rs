@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use super::read::{Layout, documents, layout};
+use super::store::{IN_MEMORY, Spill};
 use super::{
     Content, DataReport, Dataset, Document, Draw, Fault, FileReport, Sample, Survey, check_files,
     draw, pick, sources, split, tokenize,
@@ -20,8 +21,9 @@ const CHUNK_BYTES: usize = 8 << 20;
 /// same samples in the same order.
 ///
 /// Text is held for a chunk of records only. What stays are the samples: 5 bytes for every token
-/// (its id and whether it is a target) and about a hundred for every sample. A JSON array, like
-/// every file, is read record by record; a `.txt` file in pieces of 64 MiB.
+/// (its id and whether it is a target), of which at most 4 MiB in memory and the rest in a file
+/// without a name in `data.cache_dir`, and some two hundred bytes for every sample. A JSON array,
+/// like every file, is read record by record; a `.txt` file in pieces of 4 MiB.
 ///
 /// # Errors
 /// The first record that is wrong.
@@ -31,7 +33,7 @@ pub fn load(
     tokenizer: &Tokenizer,
     template: &Template,
 ) -> Result<Dataset> {
-    Ok(gather(config, seed, tokenizer, template, true)?.data)
+    Ok(gather(config, seed, tokenizer, template, true, IN_MEMORY)?.data)
 }
 
 /// As [`load`], but records that are wrong are dropped and listed.
@@ -44,7 +46,7 @@ pub fn survey(
     tokenizer: &Tokenizer,
     template: &Template,
 ) -> Result<Survey> {
-    gather(config, seed, tokenizer, template, false)
+    gather(config, seed, tokenizer, template, false, IN_MEMORY)
 }
 
 /// The samples of one record or, of a text file, of the whole file.
@@ -53,17 +55,22 @@ struct Group {
     samples: Vec<Sample>,
 }
 
-fn gather(
+/// `in_memory`: bytes of tokens that are held there.
+pub(super) fn gather(
     config: &DataConfig,
     seed: u64,
     tokenizer: &Tokenizer,
     template: &Template,
     strict: bool,
+    in_memory: usize,
 ) -> Result<Survey> {
     check_files(config)?;
     let (train, held_out) = sources(config)?;
     let max_samples = config.max_samples.unwrap_or(usize::MAX);
-    let reader = Reader { tokenizer, template, cutoff_len: config.cutoff_len, strict };
+    let folder = config.cache_dir.clone().unwrap_or_else(std::env::temp_dir);
+    let spill = Spill::new(&folder, in_memory);
+    let cutoff_len = config.cutoff_len;
+    let mut reader = Reader { tokenizer, template, cutoff_len, strict, spill };
     let drawn = draw_records(&train, max_samples, seed)?;
     let (mut files, mut groups) = (Vec::new(), Vec::new());
     for (i, (source, drawn)) in train.iter().zip(&drawn).enumerate() {
@@ -103,6 +110,7 @@ fn gather(
         };
         (train, validation.into_iter().flat_map(|group| group.samples).collect(), from)
     };
+    reader.spill.finish()?;
     let train = mix(train_groups, &train, seed);
     let read = files.iter().filter(|file| !file.held_out).map(|file| file.read).sum();
     let report = DataReport {
@@ -110,7 +118,7 @@ fn gather(
         kept,
         truncated: train.iter().filter(|sample| sample.truncated).count(),
         trained_tokens: train.iter().map(Sample::n_trained).sum(),
-        total_tokens: train.iter().map(|sample| sample.ids.len()).sum(),
+        total_tokens: train.iter().map(Sample::len).sum(),
         validation_from,
     };
     Ok(Survey { files, data: Dataset { train, validation, report } })
@@ -179,12 +187,13 @@ struct Reader<'a> {
     template: &'a Template,
     cutoff_len: usize,
     strict: bool,
+    spill: Spill,
 }
 
 impl Reader<'_> {
     /// The samples of every record that was drawn.
     fn read(
-        &self,
+        &mut self,
         source: &SourceConfig,
         drawn: Option<&[bool]>,
     ) -> Result<(FileReport, Vec<Vec<Sample>>)> {
@@ -235,16 +244,20 @@ impl Reader<'_> {
 
     /// Tokenizes a chunk. Of several errors the one to report must be the first.
     fn tokenize(
-        &self,
+        &mut self,
         documents: &[Document],
         report: &mut FileReport,
     ) -> Result<Vec<Vec<Sample>>> {
-        let one = |document| tokenize(document, self.tokenizer, self.template, self.cutoff_len);
+        let (tokenizer, template, cutoff_len) = (self.tokenizer, self.template, self.cutoff_len);
+        let one = |document| tokenize(document, tokenizer, template, cutoff_len);
         let samples: Vec<Result<_>> = documents.par_iter().map(one).collect();
         let mut groups = Vec::with_capacity(samples.len());
         for samples in samples {
             match samples {
-                Ok(samples) => groups.push(samples),
+                Ok(mut samples) => {
+                    self.spill.hold(&mut samples)?;
+                    groups.push(samples);
+                }
                 Err(error) => report.fault(error, self.strict)?,
             }
         }
@@ -301,7 +314,7 @@ impl FileReport {
         self.kept = self.read - self.not_drawn - self.dropped;
         self.samples = samples().count();
         self.truncated = samples().filter(|sample| sample.truncated).count();
-        self.tokens = samples().map(|sample| sample.ids.len()).sum();
+        self.tokens = samples().map(Sample::len).sum();
         self.trained_tokens = samples().map(Sample::n_trained).sum();
     }
 }

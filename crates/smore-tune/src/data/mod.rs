@@ -5,6 +5,7 @@ mod duplicates;
 mod load;
 mod read;
 mod record;
+mod store;
 mod tokenize;
 
 use std::path::{Path, PathBuf};
@@ -23,6 +24,8 @@ pub use load::{load, survey};
 pub use read::read_documents;
 pub use record::{Content, Document};
 pub use tokenize::tokenize;
+
+use store::Tokens;
 
 /// Where a sample comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,22 +49,44 @@ impl Origin {
 /// One sequence to train on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Sample {
-    /// The tokens.
-    pub ids: Vec<u32>,
-    /// Whether each token is a target. At least one is; the first never is, as nothing predicts it.
-    pub trained: Vec<bool>,
+    tokens: Tokens,
     /// Where it comes from.
     pub origin: Origin,
     /// Number of tokens in front of the first target.
     pub prompt_len: usize,
     /// Whether tokens were cut off to fit `data.cutoff_len`.
     pub truncated: bool,
+    n_trained: usize,
 }
 
 impl Sample {
+    /// A sample of `ids`, of which those marked in `trained` are targets; nothing where none is.
+    fn new(ids: Vec<u32>, trained: Vec<bool>, origin: Origin, truncated: bool) -> Option<Self> {
+        let prompt_len = trained.iter().position(|&trained| trained)?;
+        let n_trained = trained.iter().filter(|&&trained| trained).count();
+        let tokens = Tokens::held(ids, trained);
+        Some(Self { tokens, origin, prompt_len, truncated, n_trained })
+    }
+
+    /// The tokens.
+    pub fn ids(&self) -> &[u32] {
+        self.tokens.ids()
+    }
+
+    /// Whether each token is a target. At least one is; the first never is, as nothing predicts it.
+    pub fn trained(&self) -> &[bool] {
+        self.tokens.trained()
+    }
+
+    /// Number of tokens.
+    #[expect(clippy::len_without_is_empty, reason = "a sample has a target")]
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
     /// Number of targets.
     pub fn n_trained(&self) -> usize {
-        self.trained.iter().filter(|&&trained| trained).count()
+        self.n_trained
     }
 }
 
@@ -158,6 +183,10 @@ pub fn files(config: &DataConfig) -> Result<Vec<PathBuf>> {
 
 /// Checks that every data file exists, before anything heavy is loaded.
 pub fn check_files(config: &DataConfig) -> Result<()> {
+    if let Some(folder) = config.cache_dir.as_ref().filter(|folder| !folder.is_dir()) {
+        let what = "a folder for tokens that do not fit in memory (data.cache_dir)".into();
+        return Err(Error::Missing { path: folder.clone(), what });
+    }
     let (train, held_out) = sources(config)?;
     let train = train.iter().map(|source| (source, "training data"));
     for (source, what) in train.chain(held_out.iter().map(|source| (source, "held-out data"))) {

@@ -160,7 +160,8 @@ fn a_wrong_message_names_its_place() {
         ),
         (
             r#"[{"role": "user", "content": [{"type": "image"}]}]"#,
-            "field `messages[0].content[0]` is not text; expected {type: text, text: ...}",
+            "field `messages[0].content[0]` is not text; expected {type: text, text: ...}, {type: \
+             reasoning, value: ...} or {type: tool_call, value: ...}",
         ),
         (
             r#"[{"role": "assistant", "content": "A", "weight": 0.5}]"#,
@@ -241,9 +242,9 @@ fn samples(content: Content, adds_bos: bool, cutoff_len: usize) -> Result<Vec<Sa
 /// The tokens as text, a bar in front of each target.
 fn shown(sample: &Sample) -> String {
     let tokenizer = tokenizer(true);
-    assert_eq!(sample.ids.len(), sample.trained.len());
-    assert_eq!(sample.trained.iter().position(|&trained| trained), Some(sample.prompt_len));
-    let tokens = sample.ids.iter().zip(&sample.trained);
+    assert_eq!(sample.ids().len(), sample.trained().len());
+    assert_eq!(sample.trained().iter().position(|&trained| trained), Some(sample.prompt_len));
+    let tokens = sample.ids().iter().zip(sample.trained());
     tokens
         .flat_map(|(&id, &trained)| {
             let bar = if trained { "|" } else { "" };
@@ -325,6 +326,7 @@ fn config(path: PathBuf) -> DataConfig {
         validation: ValidationConfig::default(),
         max_samples: None,
         cutoff_len: 64,
+        cache_dir: None,
     }
 }
 
@@ -363,10 +365,7 @@ fn the_split_depends_on_the_seed_alone() {
     let report = first.report;
     assert_eq!((report.read, report.kept, report.truncated), (40, 40, 0));
     assert_eq!(report.trained_tokens, 72);
-    assert_eq!(
-        report.total_tokens,
-        first.train.iter().map(|sample| sample.ids.len()).sum::<usize>()
-    );
+    assert_eq!(report.total_tokens, first.train.iter().map(Sample::len).sum::<usize>());
     assert_eq!(report.validation_from, "10% of the training data");
 }
 
@@ -447,4 +446,38 @@ fn missing_files_are_found_before_anything_is_read() {
     assert_eq!(error.exit_code(), 2);
     config.train[0].path = files.write("x.tsv", "");
     assert!(check_files(&config).unwrap_err().to_string().contains("x.tsv: file ending is `tsv`"));
+}
+
+/// Where the tokens are held changes nothing.
+#[test]
+fn samples_in_a_file_are_those_in_memory() {
+    let files = Files::new();
+    let mut config = config(forty(&files));
+    config.train[0].weight = 1.5;
+    config.train.push(SourceConfig {
+        path: files.write("long.txt", &"abcde fgh\n".repeat(50)),
+        ..SourceConfig::default()
+    });
+    let folder = tempfile::tempdir().unwrap();
+    config.cache_dir = Some(folder.path().to_owned());
+    let tokenizer = tokenizer(true);
+    let template = Template::plain(&tokenizer);
+    let held = |limit| {
+        let survey = load::gather(&config, 1, &tokenizer, &template, true, limit).unwrap();
+        (survey.data, survey.files)
+    };
+    let (memory, reports) = held(usize::MAX);
+    for limit in [0, 100, 1000] {
+        let (data, files) = held(limit);
+        assert_eq!(data.train, memory.train);
+        assert_eq!(data.validation, memory.validation);
+        assert_eq!(files, reports);
+        assert_eq!(duplicates(&data), duplicates(&memory));
+    }
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left");
+    // The folder is used: without it there is nowhere to go.
+    config.cache_dir = Some(folder.path().join("none"));
+    let error = load(&config, 1, &tokenizer, &template).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    assert!(error.to_string().contains("none: not found; expected a folder for tokens"), "{error}");
 }

@@ -122,8 +122,9 @@ fn chat_sample(
     let full_len = ids.len();
     ids.truncate(cutoff_len);
     trained.truncate(cutoff_len);
-    let Some(prompt_len) = trained.iter().position(|&trained| trained) else {
-        return Err(origin.error(if full_len > cutoff_len {
+    let truncated = full_len > cutoff_len;
+    Sample::new(ids, trained, origin.clone(), truncated).ok_or_else(|| {
+        origin.error(if truncated {
             format!(
                 "no trained token: data.cutoff_len is {cutoff_len}, the sample has {full_len} \
                  tokens and nothing of its answer is left; raise data.cutoff_len or shorten the \
@@ -131,10 +132,8 @@ fn chat_sample(
             )
         } else {
             "no trained token: the answer is empty; remove the record or give it an answer".into()
-        }));
-    };
-    let truncated = full_len > cutoff_len;
-    Ok(Sample { ids, trained, origin: origin.clone(), prompt_len, truncated })
+        })
+    })
 }
 
 fn overlap(range: &Range<usize>, bytes: &Range<usize>) -> bool {
@@ -166,13 +165,7 @@ fn text_samples(
         before = piece[piece.len() - 1];
         let mut trained = vec![true; piece_ids.len()];
         trained[0] = false;
-        samples.push(Sample {
-            ids: piece_ids,
-            trained,
-            origin: origin.clone(),
-            prompt_len: 1,
-            truncated: false,
-        });
+        samples.extend(Sample::new(piece_ids, trained, origin.clone(), false));
     }
     if samples.is_empty() { Err(origin.error(TOO_SHORT)) } else { Ok(samples) }
 }

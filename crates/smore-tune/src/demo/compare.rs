@@ -196,6 +196,7 @@ impl Desk {
                 },
                 max_samples: None,
                 cutoff_len: 128,
+                cache_dir: None,
             },
             train: TrainConfig {
                 learning_rate,

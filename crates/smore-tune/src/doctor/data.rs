@@ -63,7 +63,7 @@ fn fits_vocabulary(
     tokens: usize,
     vocabulary: usize,
 ) -> Result<()> {
-    let largest = |samples: &[Sample]| samples.iter().flat_map(|s| &s.ids).max().copied();
+    let largest = |samples: &[Sample]| samples.iter().flat_map(Sample::ids).max().copied();
     match largest(&data.train).max(largest(&data.validation)) {
         Some(id) if id as usize >= vocabulary => Err(Error::Model {
             file: subject.model.join("tokenizer.json"),

@@ -15,7 +15,7 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
     let (Some(spec), Some(start)) = (&examined.spec, &examined.start) else { return };
     let full = matches!(subject.adapter, Some(AdapterConfig::Full(_)));
     let trained = if full { spec.parameters() } else { start.adapters.len() };
-    let lengths: Vec<usize> = data.train.iter().map(|sample| sample.ids.len()).collect();
+    let lengths: Vec<usize> = data.train.iter().map(crate::data::Sample::len).collect();
     let cutoff_len = subject.data.as_ref().map_or(usize::MAX, |d| d.cutoff_len);
     let capacity = cutoff_len.min(spec.max_positions);
     let entries = entries(train, &lengths, capacity);

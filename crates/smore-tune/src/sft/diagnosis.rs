@@ -44,7 +44,7 @@ pub(super) fn not_finite(
     let kept: Vec<_> = indices
         .iter()
         .map(|&i| {
-            let Sample { ids, trained, .. } = &samples[i];
+            let (ids, trained) = (samples[i].ids(), samples[i].trained());
             json!({ "origin": origin(&i), "input_ids": ids, "trained": trained })
         })
         .collect();
@@ -84,7 +84,7 @@ fn first_tensor(settings: &Settings, model: &Model<Cpu<f32>>, values: &[f32]) ->
 fn first_block(model: &Model<Cpu<f32>>, samples: &[Sample], indices: &[usize]) -> Option<String> {
     let mut batch = Batch::default();
     for &i in indices {
-        batch.push(&samples[i].ids, &samples[i].trained);
+        batch.push(samples[i].ids(), samples[i].trained());
     }
     let bad = |x: &[f32]| x.iter().any(|x| !x.is_finite());
     let mut x = model.embedded(&batch);

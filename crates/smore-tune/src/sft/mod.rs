@@ -133,7 +133,7 @@ impl Prepared {
 }
 
 fn lengths(samples: &[Sample]) -> Vec<usize> {
-    samples.iter().map(|sample| sample.ids.len()).collect()
+    samples.iter().map(Sample::len).collect()
 }
 
 /// What is known about a run before it begins.

@@ -34,7 +34,7 @@ pub(super) fn accumulate(
         .map(|indices| {
             let mut batch = Batch::default();
             for &i in indices {
-                batch.push(&samples[i].ids, &samples[i].trained);
+                batch.push(samples[i].ids(), samples[i].trained());
             }
             batch
         })
@@ -64,7 +64,7 @@ pub fn evaluate(model: &Model<Cpu<f32>>, samples: &[Sample]) -> Option<(f64, usi
     let (mut sum, mut count) = (0.0, 0);
     let mut batch = Batch::default();
     for (i, sample) in samples.iter().enumerate() {
-        batch.push(&sample.ids, &sample.trained);
+        batch.push(sample.ids(), sample.trained());
         if batch.ids.len() >= EVAL_TOKENS || i + 1 == samples.len() {
             let losses = model.losses(&batch);
             sum += losses.iter().sum::<f64>();

@@ -11,7 +11,7 @@ use crate::data::{Origin, file_error};
 use crate::error::Result;
 
 /// A longer text is cut behind a line; each piece is tokenized by itself.
-const PIECE: usize = 64 << 20;
+const PIECE: usize = 4 << 20;
 
 pub(super) struct Pieces {
     path: Arc<Path>,

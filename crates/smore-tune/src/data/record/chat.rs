@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::{Content, Record, kind};
 use crate::config::Format;
 use crate::error::{Result, nearest};
-use crate::template::{ASSISTANT, Message};
+use crate::template::{ASSISTANT, CALLS, Message, REASONING};
 
 /// What a conversation calls its keys and roles.
 struct Names<'a> {
@@ -17,6 +17,14 @@ struct Names<'a> {
 
 /// Our name of the role that calls a tool; templates know it as an answer with `tool_calls`.
 const FUNCTION_CALL: &str = "function_call";
+
+/// What a message's content holds.
+#[derive(Default)]
+struct Parts {
+    text: String,
+    reasoning: String,
+    calls: Vec<Value>,
+}
 
 impl<'a> Record<'a> {
     pub(super) fn alpaca(&self) -> Result<Content> {
@@ -168,18 +176,28 @@ impl<'a> Record<'a> {
                 known.join(", ")
             )));
         };
-        let calls = object.get("tool_calls").filter(|calls| !is_blank(calls));
-        // An answer that only calls tools says nothing.
-        let content = match object.get(names.content) {
-            None | Some(Value::Null) if calls.is_some() => String::new(),
-            _ => self.content(&content_place, field(names.content)?)?,
+        let mut parts = match object.get(names.content) {
+            // An answer that only calls tools says nothing.
+            None | Some(Value::Null) if object.get("tool_calls").is_some_and(|c| !is_blank(c)) => {
+                Parts::default()
+            }
+            _ => self.parts(&content_place, field(names.content)?)?,
         };
         if *role == FUNCTION_CALL {
-            return self.function_call(&content_place, &content);
+            return self.function_call(&content_place, &parts.text);
         }
-        let mut message = Message::new(*role, content);
-        if let Some(calls) = calls {
-            message.extra.insert("tool_calls".into(), with_parsed_arguments(calls));
+        if let Some(calls) = object.get("tool_calls").filter(|calls| !is_blank(calls)) {
+            parts.calls.extend(with_parsed_arguments(calls));
+        }
+        if let Some(reasoning) = object.get(REASONING).filter(|value| !is_blank(value)) {
+            parts.reasoning = self.string(&format!("{place}.{REASONING}"), reasoning)?;
+        }
+        let mut message = Message::new(*role, parts.text);
+        if !parts.calls.is_empty() {
+            message.extra.insert(CALLS.into(), Value::Array(parts.calls));
+        }
+        if !parts.reasoning.is_empty() {
+            message.extra.insert(REASONING.into(), parts.reasoning.into());
         }
         for key in ["name", "tool_call_id"] {
             if let Some(value) = object.get(key).filter(|value| !value.is_null()) {
@@ -192,27 +210,40 @@ impl<'a> Record<'a> {
         Ok(message)
     }
 
-    /// A string, or a list of `{type: text, text}` parts.
-    fn content(&self, place: &str, value: &Value) -> Result<String> {
-        let Some(parts) = value.as_array() else {
-            return self.string(place, value);
+    /// A string, or a list of parts: `{type: text, text}` and, as LLaMA-Factory writes them,
+    /// `{type: text | reasoning | tool_call, value}`.
+    fn parts(&self, place: &str, value: &Value) -> Result<Parts> {
+        let Some(list) = value.as_array() else {
+            return Ok(Parts { text: self.string(place, value)?, ..Parts::default() });
         };
-        let mut text = String::new();
-        for (i, part) in parts.iter().enumerate() {
-            // LLaMA-Factory writes `value` where OpenAI writes `text`.
-            let piece = part["text"].as_str().or_else(|| part["value"].as_str());
-            let is_text = matches!(part["type"].as_str(), None | Some("text"));
-            text.push_str(piece.filter(|_| is_text).ok_or_else(|| {
-                self.origin.error(format!(
-                    "field `{place}[{i}]` is not text; expected {{type: text, text: ...}}"
-                ))
-            })?);
+        let mut parts = Parts::default();
+        for (i, part) in list.iter().enumerate() {
+            let said = part["text"].as_str().or_else(|| part["value"].as_str());
+            match (part["type"].as_str(), said) {
+                (None | Some("text"), Some(said)) => parts.text.push_str(said),
+                (Some("reasoning"), Some(said)) => parts.reasoning.push_str(said),
+                (Some("tool_call"), Some(said)) => {
+                    parts.calls.extend(self.calls(&format!("{place}[{i}]"), said)?);
+                }
+                _ => {
+                    return Err(self.origin.error(format!(
+                        "field `{place}[{i}]` is not text; expected {{type: text, text: ...}}, \
+                         {{type: reasoning, value: ...}} or {{type: tool_call, value: ...}}"
+                    )));
+                }
+            }
         }
-        Ok(text)
+        Ok(parts)
+    }
+
+    fn function_call(&self, place: &str, text: &str) -> Result<Message> {
+        let mut message = Message::new(ASSISTANT, "");
+        message.extra.insert(CALLS.into(), Value::Array(self.calls(place, text)?));
+        Ok(message)
     }
 
     /// `{name, arguments}` or a list of them as text, which templates want as `tool_calls`.
-    fn function_call(&self, place: &str, text: &str) -> Result<Message> {
+    fn calls(&self, place: &str, text: &str) -> Result<Vec<Value>> {
         let expected = "expected a call as JSON: {\"name\": ..., \"arguments\": {...}}";
         let value: Value = serde_json::from_str(text)
             .map_err(|_| self.origin.error(format!("field `{place}` is not JSON; {expected}")))?;
@@ -220,9 +251,7 @@ impl<'a> Record<'a> {
         if calls.as_array().into_iter().flatten().any(|call| !call["name"].is_string()) {
             return Err(self.origin.error(format!("field `{place}` has no name; {expected}")));
         }
-        let mut message = Message::new(ASSISTANT, "");
-        message.extra.insert("tool_calls".into(), with_parsed_arguments(&calls));
-        Ok(message)
+        Ok(with_parsed_arguments(&calls))
     }
 
     /// Whether an answer is trained: OpenAI's `weight`, LLaMA-Factory's `loss_weight` or Axolotl's
@@ -270,7 +299,7 @@ impl<'a> Record<'a> {
 }
 
 /// Templates write the arguments of a call as JSON; OpenAI has them as JSON text already.
-fn with_parsed_arguments(calls: &Value) -> Value {
+fn with_parsed_arguments(calls: &Value) -> Vec<Value> {
     let calls = parsed(calls);
     let one = |call: &Value| {
         let function = if call["function"].is_object() { &call["function"] } else { call };
@@ -280,7 +309,7 @@ fn with_parsed_arguments(calls: &Value) -> Value {
         }
         json!({"type": "function", "function": function})
     };
-    Value::Array(calls.as_array().into_iter().flatten().map(one).collect())
+    calls.as_array().into_iter().flatten().map(one).collect()
 }
 
 fn is_blank(value: &Value) -> bool {
