@@ -212,7 +212,8 @@ fn tables_hold_what_json_holds() {
     folder.write("a.jsonl", &lines.collect::<String>());
     let quoted = |s: &String| format!("\"{}\"", s.replace('"', "\"\""));
     let rows = prompts.iter().zip(&completions);
-    let rows: String = rows.map(|(p, c)| format!("{},{}\r\n", quoted(p), quoted(c))).collect();
+    let rows: Vec<_> = rows.map(|(p, c)| format!("{},{}\r\n", quoted(p), quoted(c))).collect();
+    let rows = rows.concat();
     folder.write("a.csv", &format!("prompt,completion\r\n{rows}"));
     let columns = [("prompt", prompts.to_vec()), ("completion", completions.to_vec())];
     // Two groups of rows, so that the second is read too.
@@ -238,7 +239,7 @@ fn lists_in_tables_are_conversations() {
         .collect();
     folder.write(
         "a.jsonl",
-        &lists.iter().map(|l| format!("{{\"messages\": {l}}}\n")).collect::<String>(),
+        &lists.iter().map(|l| format!("{{\"messages\": {l}}}\n")).collect::<Vec<_>>().concat(),
     );
     let cells = lists.iter().map(|l| format!("\"{}\"\n", l.replace('"', "\"\"")));
     folder.write("a.csv", &format!("messages\n{}", cells.collect::<String>()));

@@ -15,8 +15,8 @@ type Leaf = (Vec<ByteArray>, Option<Vec<i16>>, Option<Vec<i16>>);
 
 /// Columns of strings, in groups of `group` rows.
 pub(crate) fn strings(path: &Path, columns: &[(&str, Vec<String>)], group: usize) {
-    let fields: String =
-        columns.iter().map(|(name, _)| format!("required binary {name} (UTF8); ")).collect();
+    let field = |(name, _): &(&str, _)| format!("required binary {name} (UTF8); ");
+    let fields = columns.iter().map(field).collect::<Vec<_>>().concat();
     let rows = columns[0].1.len();
     let groups = (0..rows).step_by(group).map(|from| {
         let part = from..rows.min(from + group);
