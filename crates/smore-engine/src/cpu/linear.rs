@@ -2,6 +2,8 @@
 
 use super::Cpu;
 use super::gemm::{Strided, StridedMut, gemm};
+#[cfg(target_arch = "x86_64")]
+use super::packed;
 use super::simd::simd;
 use crate::{Dtype, Float, HostMatrix, MatrixRef};
 use rayon::prelude::*;
@@ -23,6 +25,10 @@ pub(super) fn forward<T: Float>(
     assert_eq!((x.len(), y.len()), (n * d_in, n * d_out), "linear shapes");
     if n <= FEW_TOKENS {
         return few_tokens(x, w, y, n, accumulate);
+    }
+    #[cfg(target_arch = "x86_64")]
+    if let Some((x, w, y)) = packed_operands(x, w, y) {
+        return packed::product(x, w, y, n, accumulate);
     }
     let beta = if accumulate { T::ONE } else { T::ZERO };
     let x = Strided::new(x, n, d_in);
@@ -52,6 +58,21 @@ pub(super) fn shape<T: Float>(w: &MatrixRef<Cpu<T>>) -> (usize, usize) {
             (*rows, *cols)
         }
     }
+}
+
+/// The operands of a product for which there is a kernel of our own: weights in 16 bits, on this
+/// processor.
+#[cfg(target_arch = "x86_64")]
+fn packed_operands<'a, T: Float>(
+    x: &'a [T],
+    w: &'a MatrixRef<Cpu<T>>,
+    y: &'a mut [T],
+) -> Option<(&'a [f32], &'a HostMatrix, &'a mut [f32])> {
+    let MatrixRef::Frozen(w) = w else { return None };
+    if size_of::<T>() != size_of::<f32>() || w.dtype == Dtype::F32 || !packed::available() {
+        return None;
+    }
+    Some((bytemuck::cast_slice(x), w, bytemuck::cast_slice_mut(y)))
 }
 
 /// Calls `f(first row, rows as T)` over all of W: in one piece where it already lies in memory as

@@ -13,6 +13,8 @@ mod linear;
 mod loss;
 mod norm;
 mod optimizer;
+#[cfg(target_arch = "x86_64")]
+mod packed;
 mod rotary;
 mod rows;
 mod simd;
