@@ -78,7 +78,9 @@ fn storage_types_and_shards_give_the_same_model() {
     let want = logits(folder(&all, Dtype::F32).path());
     assert!(want.iter().any(|x| x.abs() > 0.1));
     for dtype in [Dtype::F16, Dtype::BF16] {
-        assert!(want == logits(folder(&all, dtype).path()), "{dtype:?}");
+        // The weights are the same; the kernel that multiplies them may round otherwise.
+        let got = logits(folder(&all, dtype).path());
+        assert!(want.iter().zip(&got).all(|(a, b)| (a - b).abs() < 1e-5), "{dtype:?}");
     }
     let dir = folder(&all, Dtype::F32);
     std::fs::remove_file(dir.path().join("model.safetensors")).unwrap();
