@@ -105,8 +105,8 @@ fn what_is_trained_on_and_held_out_is_named() {
     assert!(text.contains("warning: 1 of the held-out samples are trained on as well"), "{text}");
 }
 
-/// A file larger than the memory that the system gives the process. With all tokens in memory the
-/// process needs 110 MiB.
+/// A file larger than the memory that the system gives the process. With all tokens in memory it
+/// fails.
 #[cfg(target_os = "linux")]
 #[test]
 fn data_larger_than_memory_is_streamed() {

@@ -429,14 +429,15 @@ impl Template {
         for i in (0..messages.len()).filter(|&i| messages[i].is_answer()) {
             let prompt = without_marks(&self.render_jinja(jinja, &messages[..i], tools, true)?);
             let whole = without_marks(&self.render_jinja(jinja, &messages[..=i], tools, false)?);
-            let mut end = Some(whole.trim_end().len());
-            if !end.is_some_and(|end| text.starts_with(&whole[..end]) && prompt.len() <= end) {
+            let whole = whole.trim_end();
+            let end = if text.starts_with(whole) && prompt.len() <= whole.len() {
+                Some(whole.len())
+            } else {
                 // Templates leave out what was thought for an earlier question.
                 let rest = text.get(prompt.len()..).filter(|_| !ending.is_empty());
-                end = rest
-                    .and_then(|rest| rest.find(&ending))
-                    .map(|n| prompt.len() + n + ending.len());
-            }
+                let found = rest.and_then(|rest| rest.find(&ending));
+                found.map(|n| prompt.len() + n + ending.len())
+            };
             let Some(end) = end.filter(|_| text.starts_with(&prompt)) else {
                 return Err(self.error(
                     "an answer cannot be found in the rendered conversation with tool calls or \

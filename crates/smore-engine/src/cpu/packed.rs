@@ -2,8 +2,8 @@
 //!
 //! The blocked product of Goto and van de Geijn (2008): a stretch of both operands is copied into the
 //! order in which the innermost loop reads it. Weights are widened in that copy, so a wide matrix of
-//! them never lies in memory. Every sum runs over its depth in one order, whatever the
-//! number of threads and of tokens.
+//! them never lies in memory. Every sum runs over its depth in one order, whatever the number of
+//! threads and of tokens.
 
 #[allow(clippy::wildcard_imports, reason = "a kernel is written in them")]
 use std::arch::x86_64::*;
@@ -54,10 +54,10 @@ pub(super) fn product(a: &[f32], w: &HostMatrix, c: &mut [f32], m: usize, add: b
             }
         });
         let add = add || first > 0;
-        (0..n.div_ceil(width)).into_par_iter().for_each(|task| {
+        (0..n.div_ceil(width)).into_par_iter().for_each_init(Vec::new, |panels, task| {
             let from = task * width;
             let cols = width.min(n - from);
-            let mut panels = vec![0f32; cols.next_multiple_of(COLS) * steps];
+            panels.resize(cols.next_multiple_of(COLS) * steps, 0f32);
             for (j, panel) in panels.chunks_exact_mut(COLS * steps).enumerate() {
                 // SAFETY: as above, for a part of W.
                 unsafe { pack_w(w, first, from + j * COLS, panel) };
@@ -197,7 +197,7 @@ unsafe fn load(w: &HostMatrix, row: usize, col: usize, lanes: usize) -> __m512 {
     // SAFETY: as promised by the caller; no load needs an alignment.
     unsafe {
         match w.dtype {
-            Dtype::F32 => _mm512_maskz_loadu_ps(mask, at.cast()),
+            Dtype::F32 => unreachable!("W has 16 bits"),
             Dtype::Bf16 => {
                 let half = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at.cast()));
                 _mm512_castsi512_ps(_mm512_slli_epi32::<16>(half))

@@ -22,7 +22,7 @@ const CHUNK_BYTES: usize = 8 << 20;
 ///
 /// Text is held for a chunk of records only. What stays are the samples: 5 bytes for every token
 /// (its id and whether it is a target), of which at most 4 MiB in memory and the rest in a file
-/// without a name in `data.cache_dir`, and some two hundred bytes for every sample. A JSON array,
+/// without a name in `data.cache_dir`, and a record of its place for every sample. A JSON array,
 /// like every file, is read record by record; a `.txt` file in pieces of 4 MiB.
 ///
 /// # Errors

@@ -475,7 +475,13 @@ fn samples_in_a_file_are_those_in_memory() {
         assert_eq!(duplicates(&data), duplicates(&memory));
     }
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0, "nothing is left");
-    // The folder is used: without it there is nowhere to go.
+    // The folder is used: where no file can be made, there is nowhere to go.
+    #[cfg(target_os = "linux")]
+    {
+        config.cache_dir = Some("/proc".into());
+        let error = load::gather(&config, 1, &tokenizer, &template, true, 0).unwrap_err();
+        assert!(error.to_string().contains("give data.cache_dir a folder"), "{error}");
+    }
     config.cache_dir = Some(folder.path().join("none"));
     let error = load(&config, 1, &tokenizer, &template).unwrap_err();
     assert_eq!(error.exit_code(), 2);
