@@ -93,6 +93,23 @@ fn hostile_programs_are_contained() {
     assert_eq!(fs::read_to_string(outside.path().join("secret")).unwrap(), "kept");
 }
 
+/// Where the system's limit on processes does not bind, as for root in some containers, looking must
+/// still end a fork bomb soon.
+#[test]
+fn a_fork_bomb_ends_without_the_systems_limit() {
+    let Some(mut sandbox) = sandbox() else { return };
+    sandbox.as_nobody = false;
+    if !sandbox.run("pass").unwrap().passed() {
+        return;
+    }
+    let start = Instant::now();
+    let outcome = sandbox
+        .run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
+        .unwrap();
+    assert!(matches!(outcome, Outcome::Stopped(_)), "{outcome:?}");
+    assert!(start.elapsed() < Duration::from_secs(60), "ran {:?}", start.elapsed());
+}
+
 /// Nothing of a stopped program is left.
 #[test]
 fn no_process_outlives_its_program() {
