@@ -25,6 +25,8 @@ pub(crate) struct Progress {
     /// Seconds and tokens of the run when this program began to watch it.
     before: Option<(f64, usize)>,
     interrupt: Option<Interrupt>,
+    /// Of the routers over the last window.
+    evenness: Option<f64>,
 }
 
 impl Progress {
@@ -48,6 +50,7 @@ impl Progress {
             last_line: Instant::now(),
             before: None,
             interrupt: None,
+            evenness: None,
         }
     }
 
@@ -80,8 +83,9 @@ impl Progress {
         let speed = if tokens == read { "-".into() } else { format!("{speed:.0}") };
         let memory = bytes(memory::resident());
         self.bar.set_position(m.step as u64);
+        let routers = self.evenness.map_or_else(String::new, |e| format!("  routers {e:.2} even"));
         self.bar.set_message(format!(
-            "{}  loss {:.4}  lr {:.2e}  gradient {:.3}  {speed} tokens/s  {memory}",
+            "{}  loss {:.4}  lr {:.2e}  gradient {:.3}{routers}  {speed} tokens/s  {memory}",
             curve(&self.losses),
             m.loss,
             m.learning_rate,
@@ -108,6 +112,16 @@ impl Observer for Progress {
             Metric::Eval(m) => {
                 let loss = m.eval_loss;
                 self.line(&format!("step {}/{total_steps}: held-out loss {loss:.4}", m.step));
+            }
+            Metric::Routers(m) => self.evenness = Some(m.evenness),
+            Metric::Alarm(alarm) => {
+                let (step, remedy) = (alarm.step, alarm.remedy());
+                let line = if alarm.over {
+                    format!("step {step}/{total_steps}: {alarm}")
+                } else {
+                    format!("step {step}/{total_steps}: alarm: {alarm}; {remedy}")
+                };
+                self.line(&line);
             }
         }
     }

@@ -101,5 +101,8 @@ fn summarise(outcome: &Outcome) {
     if outcome.exported_step != outcome.steps {
         println!("exported: step {}, which had the lowest held-out loss", outcome.exported_step);
     }
+    for alarm in outcome.standing_alarms() {
+        println!("alarm at step {}: {alarm}; {}", alarm.step, alarm.remedy());
+    }
     println!("{}", outcome.trained.display());
 }

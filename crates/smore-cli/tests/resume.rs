@@ -21,6 +21,8 @@ fn config(save_steps: usize) -> impl Fn(String) -> String {
             .replace("seed: 42", "seed: 42, save_total_limit: 2, group_by_length: true");
         assert!(config.contains("max_steps: 60") && config.contains("noisy_topk"));
         config
+            + "health: {window_steps: 4, patience: 1, min_tokens: 1, max_imbalance: 0.05, \
+               raise_balance_weight: true, trace_tokens: 2}\n"
     }
 }
 
@@ -33,10 +35,20 @@ fn metrics(run: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let line = |line| {
         let mut json: Value = serde_json::from_str(line).unwrap();
-        json.as_object_mut().unwrap().remove("seconds").unwrap();
+        json.as_object_mut().unwrap().remove("seconds");
         json
     };
     text.lines().map(line).collect()
+}
+
+/// Every window of counts, and how many alarms were answered.
+fn statistics(run: &Path) -> (Vec<String>, usize) {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let answered = text.lines().filter(|line| line.contains("\"balance_weight\":[")).count();
+    assert!(answered > 0, "no alarm was answered, so nothing of it is tested");
+    let windows = smore_tune::routing::read_run(run).unwrap();
+    assert!(windows.len() > 60 / 4, "{}", windows.len());
+    (windows.iter().map(|w| format!("{w:?}")).collect(), answered)
 }
 
 fn start(folder: &Path, args: &[&str]) -> Child {
@@ -83,6 +95,10 @@ fn twenty_kills_change_nothing() {
     let same = || {
         assert!(adapter(&run) == adapter(&whole));
         assert_eq!(metrics(&run), metrics(&whole));
+        assert_eq!(statistics(&run), statistics(&whole));
+        let traces =
+            |run: &Path| std::fs::read_to_string(run.join("routing/traces.jsonl")).unwrap();
+        assert_eq!(traces(&run), traces(&whole));
     };
     while kills < 20 {
         let mut child = start(folder, &["train", "--resume", "killed.yaml"]);

@@ -18,7 +18,7 @@ mod peft;
 pub mod pickle;
 mod tensors;
 
-pub(crate) use folder::{UNFINISHED, check_seal, seal};
+pub(crate) use folder::{UNFINISHED, check_seal, seal, write_file};
 pub use folder::{write, write_folder};
 pub(crate) use model::fill_model;
 pub use model::{copy_model_files, save_model};

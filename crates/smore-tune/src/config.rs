@@ -12,6 +12,7 @@ use smore::config::{HydraLoraConfig, LoraConfig, MixLoraConfig, SmoreConfig};
 use smore::targets::Targets;
 
 use crate::error::{Error, Result};
+use crate::routing::health::HealthConfig;
 
 mod foreign;
 mod source;
@@ -33,6 +34,8 @@ pub struct RunConfig {
     pub data: DataConfig,
     /// How it is trained.
     pub train: TrainConfig,
+    /// How the routers are watched.
+    pub health: HealthConfig,
     /// The run folder to write.
     pub output_dir: PathBuf,
 }
@@ -160,6 +163,7 @@ impl RunConfig {
         }
         self.data.validate()?;
         self.train.validate()?;
+        self.health.validate()?;
         self.train.validate_for(&self.adapter)
     }
 }

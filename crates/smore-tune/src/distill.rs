@@ -17,7 +17,7 @@ use faer::linalg::triangular_solve::{
 };
 use faer::{Mat, MatRef, Par, Side};
 use serde::Serialize;
-use smore::adapter::{AnyAdapter, BlockAdapter};
+use smore::adapter::{AnyAdapter, BlockAdapter, Mode};
 use smore::config::LoraConfig;
 use smore_engine::{Cpu, View};
 use std::collections::BTreeMap;
@@ -102,7 +102,7 @@ pub fn distill(
             Box::new(see) as crate::model::Tap<Cpu<f32>>
         });
         for (batch, x) in text.iter().zip(&mut states) {
-            model.run_block(b, x, batch);
+            model.run_block(b, x, batch, Mode::plain());
         }
         model.tap = None;
         let mut sums = sums.lock().expect("no reader panics");

@@ -24,12 +24,12 @@ pub fn curves(runs: &[(&str, &[Metric])]) -> Vec<Section> {
     let any = |test: fn(&Metric) -> bool| runs.iter().any(|(_, m)| m.iter().any(test));
     let mut sections = vec![curve("Training loss", "nats per answer token", |m| match m {
         Metric::Step(m) => Some((m.step as f64, m.loss)),
-        Metric::Eval(_) => None,
+        _ => None,
     })];
     if any(|m| matches!(m, Metric::Eval(_))) {
         sections.push(curve("Held-out loss", "nats per answer token", |m| match m {
             Metric::Eval(m) => Some((m.step as f64, m.eval_loss)),
-            Metric::Step(_) => None,
+            _ => None,
         }));
     }
     if any(|m| matches!(m, Metric::Step(s) if s.balance_loss > 0.0)) {

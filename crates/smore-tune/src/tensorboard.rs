@@ -65,6 +65,18 @@ impl EventFile {
                 ],
             ),
             Metric::Eval(m) => self.scalars(m.step, &[("eval/loss", m.eval_loss)]),
+            Metric::Routers(m) => self.scalars(
+                m.step,
+                &[
+                    ("routers/largest_imbalance", m.imbalance),
+                    ("routers/mean_evenness", m.evenness),
+                    ("routers/idle_experts", m.idle_experts as f64),
+                ],
+            ),
+            Metric::Alarm(m) => {
+                let raised = if m.over { 0.0 } else { 1.0 };
+                self.scalars(m.step, &[("routers/alarm", raised)])
+            }
         }
     }
 

@@ -22,7 +22,7 @@ pub(crate) fn write_trainer_state(
     let best = selection.best.as_ref();
     let last = metrics.iter().rev().find_map(|metric| match metric {
         Metric::Step(step) => Some(step),
-        Metric::Eval(_) => None,
+        Metric::Eval(_) | Metric::Routers(_) | Metric::Alarm(_) => None,
     });
     let tokens: usize = metrics
         .iter()
@@ -57,7 +57,7 @@ fn history(metrics: &[Metric]) -> Vec<Value> {
     let mut epoch = 0.0;
     metrics
         .iter()
-        .map(|metric| {
+        .filter_map(|metric| {
             let pairs = match metric {
                 Metric::Step(m) => {
                     epoch = m.epoch;
@@ -74,9 +74,11 @@ fn history(metrics: &[Metric]) -> Vec<Value> {
                     ("eval_loss", json!(m.eval_loss)),
                     ("step", json!(m.step)),
                 ],
+                // Not in the trainer's vocabulary.
+                Metric::Routers(_) | Metric::Alarm(_) => return None,
             };
             let pairs = pairs.into_iter().map(|(key, value)| (key.to_owned(), value));
-            Value::Object(pairs.collect::<Map<_, _>>())
+            Some(Value::Object(pairs.collect::<Map<_, _>>()))
         })
         .collect()
 }

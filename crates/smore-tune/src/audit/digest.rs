@@ -1,6 +1,7 @@
 //! Which experts acted, in a few bytes per token.
 
 use crate::checkpoint::manifest::hex;
+use crate::routing::tokens_of;
 use sha2::{Digest, Sha256};
 use smore::kernel::Routing;
 
@@ -51,9 +52,4 @@ impl RoutingDigest {
     pub fn finish(self) -> (Vec<String>, String) {
         (self.tokens, hex(&self.weights.finalize()))
     }
-}
-
-/// Tokens of a routing: the rows of its top layer, whose one parent is the token.
-fn tokens_of(routing: &Routing<f32>) -> usize {
-    routing.stats.last().map_or(0, |top| top.rows as usize)
 }

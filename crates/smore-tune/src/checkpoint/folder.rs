@@ -24,15 +24,10 @@ pub fn write_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resu
     fill(fresh.path())?;
     for entry in std::fs::read_dir(fresh.path()).map_err(|e| io(fresh.path(), e))? {
         let file = entry.map_err(|e| io(fresh.path(), e))?.path();
+        readable(&file, 0o644)?;
         sync(&file)?;
     }
-    // Temporary folders are private; a result is as readable as anything the user writes.
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        let open = std::fs::Permissions::from_mode(0o755);
-        std::fs::set_permissions(fresh.path(), open).map_err(|e| io(fresh.path(), e))?;
-    }
+    readable(fresh.path(), 0o755)?;
     sync(fresh.path())?;
     put(fresh.path(), path).map_err(|e| io(path, e))?;
     // What it holds now is what was there before, if anything was.
@@ -41,6 +36,18 @@ pub fn write_folder(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resu
         std::fs::remove_dir_all(&left).map_err(|e| io(&left, e))?;
     }
     sync(parent)
+}
+
+/// Temporary files and folders are private; a result is as readable as anything the user writes.
+fn readable(path: &Path, mode: u32) -> Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let open = std::fs::Permissions::from_mode(mode);
+        std::fs::set_permissions(path, open)
+            .map_err(|source| Error::Io { path: path.to_owned(), source })?;
+    }
+    Ok(())
 }
 
 /// What begins the names of folders that are being written.
@@ -122,4 +129,17 @@ pub(crate) fn check_seal(dir: &Path) -> Result<()> {
 /// If writing fails.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     std::fs::write(path, bytes).map_err(|source| Error::Io { path: PathBuf::from(path), source })
+}
+
+/// Has `fill` write a file beside its place and renames it there, so that nobody ever sees half of
+/// it.
+///
+/// # Errors
+/// If writing fails; what was there before stays.
+pub(crate) fn write_file(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let fresh = path.with_file_name(format!(".{name}"));
+    fill(&fresh)?;
+    sync(&fresh)?;
+    std::fs::rename(&fresh, path).map_err(|source| Error::Io { path: path.to_owned(), source })
 }

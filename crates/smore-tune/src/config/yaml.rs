@@ -13,6 +13,7 @@ use serde::{Deserialize, Deserializer};
 use super::foreign::advice;
 use super::{AdapterConfig, AdapterSection, DataConfig, RunConfig, TrainConfig, config_error};
 use crate::error::{Result, nearest};
+use crate::routing::health::HealthConfig;
 
 /// The names of [`AdapterConfig`]'s kinds.
 const ADAPTER_KINDS: [&str; 6] = ["smore", "lora", "hydra_lora", "mix_lora", "saved", "full"];
@@ -92,6 +93,8 @@ struct PartialConfig<A> {
     _data: Option<IgnoredAny>,
     #[serde(rename = "train")]
     _train: Option<IgnoredAny>,
+    #[serde(rename = "health")]
+    _health: Option<IgnoredAny>,
     #[serde(rename = "output_dir")]
     _output_dir: Option<IgnoredAny>,
 }
@@ -115,6 +118,8 @@ struct RawConfig<A> {
     data: DataConfig,
     #[serde(default)]
     train: TrainConfig,
+    #[serde(default)]
+    health: HealthConfig,
     output_dir: PathBuf,
 }
 
@@ -129,6 +134,7 @@ impl<A: DeserializeOwned> RawConfig<A> {
             adapter: adapter(self.adapter),
             data: self.data,
             train: self.train,
+            health: self.health,
             output_dir: self.output_dir,
         }
     }

@@ -15,6 +15,7 @@ use crate::model::Model;
 use crate::model::folder::ModelFolder;
 use crate::model::spec::{DecoderSpec, Proj};
 use crate::report::{Report, Section};
+use crate::routing::health::HealthConfig;
 use crate::routing::{LayerUsage, usage};
 use crate::run_folder::move_aside;
 use crate::run_report::{curves, thousands};
@@ -209,6 +210,7 @@ impl Desk {
                 seed: self.seed,
                 ..TrainConfig::default()
             },
+            health: HealthConfig::default(),
             output_dir: self.folder.join(name),
         }
     }
@@ -241,7 +243,7 @@ impl Desk {
 
     /// Held-out loss and exact answers.
     fn judge(&self, model: &Model<Cpu<f32>>, start: Instant) -> Result<Side> {
-        let loss = evaluate(model, &self.samples).map_or(f64::NAN, |(loss, _)| loss);
+        let loss = evaluate(model, &self.samples, None).map_or(f64::NAN, |(loss, _)| loss);
         let mut right: BTreeMap<String, (usize, usize)> = BTreeMap::new();
         for example in &self.held_out {
             let (hits, of) = right.entry(example.skill.name().to_owned()).or_default();
@@ -308,7 +310,7 @@ impl Desk {
             per_skill.iter().map(far).sum()
         };
         let most = (0..overall.len()).max_by(|&a, &b| spread(a).total_cmp(&spread(b))).unwrap_or(0);
-        let LayerUsage { path, layer, share } = &overall[most];
+        let LayerUsage { path, layer, share, .. } = &overall[most];
         Section::HeatMap {
             heading: "Experts by skill".into(),
             note: format!(

@@ -249,6 +249,23 @@ impl<D: AdapterKernels> Model<D> {
         Some(BlockSaved { x: input?, k, v, attention, middle: middle?, ffn })
     }
 
+    /// Runs block `b` over whole sequences, in place on `x`, and returns their routing.
+    pub(super) fn block_routed(
+        &self,
+        b: usize,
+        x: &mut D::Buf,
+        shape: &AttentionShape,
+        positions: &[u32],
+        mode: Mode,
+    ) -> Vec<Option<Routing<D::Elem>>> {
+        let n = positions.len();
+        let width = n * self.spec.kv_heads * self.spec.head_dim;
+        let (mut k, mut v) = (self.device.zeros(width), self.device.zeros(width));
+        let attention = self.attention(b, x, shape, positions, mode, (&mut k, &mut v), 0..n);
+        drop((k, v));
+        routing_of(attention, self.ffn(b, x, mode))
+    }
+
     /// Runs block `b` over tokens that follow what the cache holds, and returns their routing.
     pub(super) fn block_extend(
         &self,

@@ -233,32 +233,39 @@ impl<D: AdapterKernels> Model<D> {
 
     /// -ln p of every target, without gradients.
     pub fn losses(&self, batch: &Batch) -> Vec<f64> {
+        self.losses_routed(batch).0
+    }
+
+    /// As [`Model::losses`], with the routing in the order of the adapters.
+    pub fn losses_routed(&self, batch: &Batch) -> (Vec<f64>, Routings<D>) {
         self.losses_from(0, self.embed(&batch.ids), batch, Mode::plain())
     }
 
-    /// -ln p of every target, given the input of block `first`.
-    fn losses_from(&self, first: usize, mut x: D::Buf, batch: &Batch, mode: Mode) -> Vec<f64> {
+    /// -ln p of every target, given the input of block `first`, and the routing from there on.
+    fn losses_from(
+        &self,
+        first: usize,
+        mut x: D::Buf,
+        batch: &Batch,
+        mode: Mode,
+    ) -> (Vec<f64>, Routings<D>) {
         let n = batch.ids.len();
+        let mut routing = Vec::new();
         for b in first..self.spec.blocks {
-            let shape = self.attention_shape(batch, b);
-            self.block_forward(b, &mut x, &shape, &batch.positions, mode, false);
+            routing.extend(self.run_block(b, &mut x, batch, mode));
         }
         let (h, _) = self.final_norm(&x, n);
         let h = View::new(&h, n * self.spec.hidden);
         let head = self.weights.head(self);
         let loss = CrossEntropy { soft_cap: self.spec.logit_soft_cap, ..CrossEntropy::default() };
-        self.device.cross_entropy(h, &batch.targets, head, loss, None, None)
+        (self.device.cross_entropy(h, &batch.targets, head, loss, None, None), routing)
     }
 
     /// Routing of every adapted linear map over a batch, in the order of the adapters.
-    pub fn routing(&self, batch: &Batch) -> Vec<Option<Routing<D::Elem>>> {
+    pub fn routing(&self, batch: &Batch) -> Routings<D> {
         let mut x = self.embed(&batch.ids);
-        let mode = Mode::plain();
-        let blocks = (0..self.spec.blocks).filter_map(|b| {
-            let shape = self.attention_shape(batch, b);
-            self.block_forward(b, &mut x, &shape, &batch.positions, mode, true)
-        });
-        blocks.flat_map(BlockSaved::into_routing).collect()
+        let blocks = 0..self.spec.blocks;
+        blocks.flat_map(|b| self.run_block(b, &mut x, batch, Mode::plain())).collect()
     }
 
     /// What a training step is like: its noise, and dropout with the same key.
@@ -360,10 +367,16 @@ impl<D: AdapterKernels> Model<D> {
         self.embed(&batch.ids)
     }
 
-    /// Runs block `b` over a batch, in place.
-    pub(crate) fn run_block(&self, b: usize, x: &mut D::Buf, batch: &Batch) {
-        let (shape, mode) = (self.attention_shape(batch, b), Mode::plain());
-        self.block_forward(b, x, &shape, &batch.positions, mode, false);
+    /// Runs block `b` over a batch, in place, and returns its routing.
+    pub(crate) fn run_block(
+        &self,
+        b: usize,
+        x: &mut D::Buf,
+        batch: &Batch,
+        mode: Mode,
+    ) -> Routings<D> {
+        let shape = self.attention_shape(batch, b);
+        self.block_routed(b, x, &shape, &batch.positions, mode)
     }
 
     /// Hidden states as transformers lists them: after the embedding, after every block but the

@@ -14,7 +14,7 @@ impl<D: AdapterKernels> Model<D> {
         let mut x = self.embedded(batch);
         let run = |b| {
             let input = self.copy(&x);
-            self.run_block(b, &mut x, batch);
+            self.run_block(b, &mut x, batch, Mode::plain());
             input
         };
         (0..self.spec.blocks).map(run).collect()
@@ -31,7 +31,7 @@ impl<D: AdapterKernels> Model<D> {
     ) -> Vec<f64> {
         let removed = Some(Removed { place: slot.place as u64, what });
         let mode = Mode { removed, ..Mode::plain() };
-        self.losses_from(slot.block, self.copy(&inputs[slot.block]), batch, mode)
+        self.losses_from(slot.block, self.copy(&inputs[slot.block]), batch, mode).0
     }
 }
 

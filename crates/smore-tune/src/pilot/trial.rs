@@ -92,7 +92,7 @@ impl Bench {
         let samples = prepared.data.validation.clone();
         let parameters = prepared.trainable_parameters();
         let (_, model) = prepared.run(&mut Silent)?;
-        let loss = evaluate(&model, &samples).map_or(f64::NAN, |(loss, _)| loss);
+        let loss = evaluate(&model, &samples, None).map_or(f64::NAN, |(loss, _)| loss);
         let mut kinds: BTreeMap<String, (usize, usize)> = BTreeMap::new();
         for question in &held_out {
             let (hits, of) = kinds.entry(question.kind.to_owned()).or_default();

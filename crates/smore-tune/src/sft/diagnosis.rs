@@ -6,6 +6,7 @@ use crate::data::Sample;
 use crate::error::{Error, Result};
 use crate::model::{Batch, Model};
 use serde_json::json;
+use smore::adapter::Mode;
 use smore_engine::Cpu;
 use std::path::Path;
 
@@ -92,7 +93,7 @@ fn first_block(model: &Model<Cpu<f32>>, samples: &[Sample], indices: &[usize]) -
         return Some("the token embeddings".into());
     }
     for b in 0..model.spec.blocks {
-        model.run_block(b, &mut x, &batch);
+        model.run_block(b, &mut x, &batch, Mode::plain());
         if bad(&x) {
             return Some(format!("the output of block {b}"));
         }

@@ -2,6 +2,8 @@
 
 use super::watch::Flag;
 use crate::memory::Split;
+use crate::routing::LayerUsage;
+use crate::routing::health::Alarm;
 use serde::{Deserialize, Serialize};
 use std::path::{Path, PathBuf};
 
@@ -13,6 +15,10 @@ pub enum Metric {
     Step(StepMetric),
     /// After an evaluation.
     Eval(EvalMetric),
+    /// After a window of steps.
+    Routers(RoutersMetric),
+    /// When something is wrong with a router.
+    Alarm(Alarm),
 }
 
 /// An optimizer step.
@@ -47,6 +53,8 @@ impl Metric {
         match self {
             Self::Step(m) => m.step,
             Self::Eval(m) => m.step,
+            Self::Routers(m) => m.step,
+            Self::Alarm(m) => m.step,
         }
     }
 }
@@ -62,6 +70,46 @@ pub struct EvalMetric {
     pub eval_tokens: usize,
     /// Seconds of training so far.
     pub seconds: f64,
+}
+
+/// The routers over a window of steps.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RoutersMetric {
+    /// Last step of the window.
+    pub step: usize,
+    /// The largest imbalance of a layer, see [`LayerUsage::imbalance`] ..
+    pub imbalance: f64,
+    /// .. its place ..
+    pub place: String,
+    /// .. and its layer.
+    pub layer: usize,
+    /// Mean evenness of all layers, see [`LayerUsage::evenness`].
+    pub evenness: f64,
+    /// Experts of all layers that get less than a tenth of an equal share.
+    pub idle_experts: usize,
+    /// What parents tell of their children in nats, above its bias: mean of all layers below the
+    /// top; absent where there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent_information: Option<f64>,
+}
+
+impl RoutersMetric {
+    /// Of the usage of every layer.
+    pub(super) fn of(step: usize, usage: &[LayerUsage]) -> Self {
+        let worst = usage.iter().max_by(|a, b| a.imbalance().total_cmp(&b.imbalance()));
+        let above: Vec<f64> =
+            usage.iter().filter_map(|u| u.parent.map(|p| p.information - p.bias)).collect();
+        let mean = |sum: f64, n: usize| sum / n.max(1) as f64;
+        Self {
+            step,
+            imbalance: worst.map_or(0.0, LayerUsage::imbalance),
+            place: worst.map_or_else(String::new, |u| u.path.clone()),
+            layer: worst.map_or(0, |u| u.layer),
+            evenness: mean(usage.iter().map(LayerUsage::evenness).sum(), usage.len()),
+            idle_experts: usage.iter().map(LayerUsage::idle).sum(),
+            parent_information: (!above.is_empty()).then(|| mean(above.iter().sum(), above.len())),
+        }
+    }
 }
 
 /// Watches a run.
@@ -120,7 +168,24 @@ pub struct Outcome {
     pub peak_memory_bytes: u64,
     /// What that memory holds.
     pub memory: Split,
+    /// How the routers used their experts on held-out samples; empty without routers.
+    pub routing: Vec<LayerUsage>,
+    /// Every alarm about a router, also those that are over.
+    pub alarms: Vec<Alarm>,
     /// Every line of `metrics.jsonl`.
     #[serde(skip)]
     pub metrics: Vec<Metric>,
+}
+
+impl Outcome {
+    /// The alarms that are not over, each as it was last raised.
+    pub fn standing_alarms(&self) -> Vec<&Alarm> {
+        let mut standing: Vec<&Alarm> = Vec::new();
+        for alarm in &self.alarms {
+            let about = |a: &Alarm| (a.alarm, a.place.clone(), a.layer);
+            standing.retain(|other| about(other) != about(alarm));
+            standing.extend((!alarm.over).then_some(alarm));
+        }
+        standing
+    }
 }

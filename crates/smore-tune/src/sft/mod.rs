@@ -7,12 +7,13 @@
 mod diagnosis;
 mod metric;
 mod resume;
+pub(crate) mod routers;
 mod run;
 mod step;
 mod watch;
 mod windows;
 
-pub use metric::{EvalMetric, Metric, Observer, Outcome, Silent, StepMetric};
+pub use metric::{EvalMetric, Metric, Observer, Outcome, RoutersMetric, Silent, StepMetric};
 pub use step::evaluate;
 pub use watch::Flag;
 pub(crate) use windows::total_steps;

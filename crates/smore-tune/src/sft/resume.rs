@@ -6,6 +6,7 @@
 //! and random numbers need no state: they are functions of the seed and the step.
 
 use super::metric::EvalMetric;
+use super::routers::RoutersState;
 use crate::checkpoint::manifest::Manifest;
 use crate::checkpoint::{
     Settings, check_seal, fill_adapter, fill_model, read_named, seal, write, write_folder,
@@ -46,6 +47,7 @@ struct Stored {
     /// Step and held-out loss of the best evaluation.
     best: Option<(usize, f64)>,
     waited: usize,
+    routers: RoutersState,
     /// What the run is made from.
     manifest: Manifest,
 }
@@ -57,6 +59,7 @@ pub(super) struct Resumed {
     pub(super) notes: Vec<String>,
     best: Option<Best>,
     waited: usize,
+    pub(super) routers: RoutersState,
     params: Vec<f32>,
     moments: [Vec<f32>; 2],
 }
@@ -79,6 +82,7 @@ impl Checkpoints<'_> {
         model: &Model<Cpu<f32>>,
         optimizer: &Optimizer,
         selection: &Selection,
+        routers: &RoutersState,
         fill: impl FnOnce(&Path) -> Result<()>,
     ) -> Result<PathBuf> {
         let run = &self.config.output_dir;
@@ -88,6 +92,7 @@ impl Checkpoints<'_> {
             progress: progress.clone(),
             best: best.map(|best| (best.step, best.loss)),
             waited: selection.waited,
+            routers: routers.clone(),
             manifest: self.manifest.clone(),
         };
         write_folder(&path, |dir| {
@@ -186,8 +191,9 @@ impl Resumed {
             None => None,
         };
         let (progress, waited) = (stored.progress.clone(), stored.waited);
+        let routers = stored.routers.clone();
         let notes = vec![format!("resumed from {}", path.display())];
-        Ok((stored, Self { progress, notes, best, waited, params, moments }))
+        Ok((stored, Self { progress, notes, best, waited, routers, params, moments }))
     }
 
     /// Puts model, optimizer and selection where they were.

@@ -3,14 +3,15 @@
 use super::diagnosis::not_finite;
 use super::metric::{EvalMetric, Metric, Observer, Outcome, StepMetric};
 use super::resume::{Checkpoints, Progress};
+use super::routers::Routers;
 use super::step::{accumulate, evaluate};
 use super::watch::Watch;
 use super::windows::Windows;
 use super::{Prepared, lengths};
 use crate::checkpoint::manifest::Manifest;
-use crate::checkpoint::{LoadedAdapter, Settings, save_adapter, save_model};
+use crate::checkpoint::{LoadedAdapter, Settings, fill_adapter, save_model, write_folder};
 use crate::config::{AdapterConfig, RunConfig};
-use crate::data::Dataset;
+use crate::data::{Dataset, Sample};
 use crate::error::{Error, Result};
 use crate::inject::Adapters;
 use crate::learning_rates::rates as rates_of;
@@ -20,7 +21,8 @@ use crate::model::folder::ModelFolder;
 use crate::model::spec::DecoderSpec;
 use crate::model::weights::{from_scratch, read_all};
 use crate::optimizer::Optimizer;
-use crate::routing::usage;
+use crate::routing::drift::REFERENCE;
+use crate::routing::{Counts, Window, count_samples, write as write_table};
 use crate::run_folder::RunFolder;
 use crate::run_report;
 use crate::schedule::Schedule;
@@ -30,8 +32,8 @@ use smore_engine::Cpu;
 use std::path::PathBuf;
 use std::time::Instant;
 
-/// Samples over which the use of experts is counted for the manifest.
-const USAGE_SAMPLES: usize = 256;
+/// Samples over which the use of experts is counted for the manifest, and kept to compare with.
+const USAGE_SAMPLES: usize = 512;
 
 /// A run that is under way.
 pub(super) struct Run {
@@ -46,6 +48,7 @@ pub(super) struct Run {
     windows: Windows,
     selection: Selection,
     watch: Watch,
+    routers: Routers,
     progress: Progress,
     out: RunFolder,
     /// When this program began to train, and the seconds of training before that.
@@ -76,7 +79,9 @@ impl Run {
         let mut windows = Windows::new(&config.train, &lengths(&data.train), entries);
         let mut selection = Selection::new(&config.train);
         let (mut watch, mut progress) = (Watch::default(), Progress::default());
+        let mut routers = None;
         if let Some(mut resumed) = resumed {
+            routers = Some(std::mem::take(&mut resumed.routers));
             resumed.notes.drain(..).for_each(|note| observer.note(&note));
             progress = resumed.progress.clone();
             resumed.restore(&mut model, &mut optimizer, &mut selection)?;
@@ -87,7 +92,9 @@ impl Run {
             }
             (0..progress.step).for_each(|_| drop(windows.next_window()));
         }
+        let routers = Routers::open(&config, &mut model, routers, progress.step)?;
         Ok(Self {
+            routers,
             schedule: Schedule::new(&config.train, total_steps),
             start: (Instant::now(), progress.seconds),
             resident: (resident, weights as u64),
@@ -117,6 +124,9 @@ impl Run {
             let metric = self.step(step)?;
             self.log(Metric::Step(metric), observer)?;
             let last = step == self.total_steps;
+            for metric in self.routers.stepped(step, last, &mut self.model)? {
+                self.log(metric, observer)?;
+            }
             if (last || due(step, eval_steps))
                 && let Some(loss) = self.evaluate(observer)?
                 && self.selection.see(step, loss, &self.model.params)
@@ -138,7 +148,11 @@ impl Run {
     fn step(&mut self, step: usize) -> Result<StepMetric> {
         let Self { config, settings, model, optimizer, data, .. } = self;
         let window = self.windows.next_window();
-        let result = accumulate(model, &data.train, &window, &config.train, optimizer);
+        let routers = &mut self.routers;
+        let result =
+            accumulate(model, &data.train, &window, &config.train, optimizer, |batch, routing| {
+                routers.see(step, batch, routing);
+            });
         let norm = optimizer.norm(model);
         if !(result.loss + result.balance_loss + norm).is_finite() {
             let what = format!(
@@ -169,10 +183,16 @@ impl Run {
 
     /// The held-out loss, noted; none without held-out samples.
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result<Option<f64>> {
-        let Some((eval_loss, eval_tokens)) = evaluate(&self.model, &self.data.validation) else {
+        let mut counts = self.routers.for_evaluation(&self.model);
+        let held_out = &self.data.validation;
+        let Some((eval_loss, eval_tokens)) = evaluate(&self.model, held_out, counts.as_mut())
+        else {
             return Ok(None);
         };
         let step = self.progress.step;
+        if let Some(counts) = counts {
+            self.routers.evaluated(step, &counts)?;
+        }
         if !eval_loss.is_finite() {
             return Err(Error::Run(format!(
                 "the held-out loss is {eval_loss} after step {step}; lower train.learning_rate"
@@ -193,10 +213,12 @@ impl Run {
     fn checkpoint(&mut self) -> Result<PathBuf> {
         self.progress.seconds = self.seconds();
         self.out.sync()?;
+        self.routers.flush()?;
         let Self { config, settings, manifest, model, optimizer, selection, .. } = &*self;
         let metrics = self.out.metrics();
         let checkpoints = Checkpoints { config, settings, manifest };
-        checkpoints.write(&self.progress, model, optimizer, selection, |dir| {
+        let routers = self.routers.state();
+        checkpoints.write(&self.progress, model, optimizer, selection, routers, |dir| {
             write_trainer_state(dir, &config.train, self.total_steps, metrics, selection)
         })
     }
@@ -210,6 +232,7 @@ impl Run {
         mut self,
         observer: &mut dyn Observer,
     ) -> Result<(Outcome, Model<Cpu<f32>>)> {
+        self.routers.flush()?;
         let trained = self.export()?;
         let (config, selection) = (&self.config, &self.selection);
         let metrics = self.out.metrics();
@@ -226,6 +249,11 @@ impl Run {
         let (peak, (without_model, weights)) = (memory::peak(), self.resident);
         let trained_bytes = (self.model.trained() * 4 * kept) as u64;
         let (best, exported) = (selection.best.as_ref(), selection.exported());
+        let alarm = |metric: &Metric| match metric {
+            Metric::Alarm(alarm) => Some(alarm.clone()),
+            _ => None,
+        };
+        let alarms = self.out.metrics().iter().filter_map(alarm).collect();
         let outcome = Outcome {
             output_dir: config.output_dir.clone(),
             trained,
@@ -241,6 +269,8 @@ impl Run {
             seconds: self.seconds(),
             peak_memory_bytes: peak,
             memory: Split::of(peak, without_model, weights, trained_bytes),
+            routing: self.manifest.routing,
+            alarms,
             metrics: self.out.into_metrics(),
         };
         run_report::report(&outcome).write(&outcome.output_dir.join("report.html"))?;
@@ -256,13 +286,27 @@ impl Run {
         let name = if model.weights.is_trained() { "model" } else { "adapter" };
         let path = config.output_dir.join(name);
         let unseen = if data.validation.is_empty() { &data.train } else { &data.validation };
-        manifest.routing = usage(model, &unseen.iter().take(USAGE_SAMPLES).collect::<Vec<_>>());
+        let unseen: Vec<&Sample> = unseen.iter().take(USAGE_SAMPLES).collect();
+        let (mut all, mut reference) = (Counts::new(&model.adapters), Vec::new());
+        if all.is_routed() {
+            count_samples(model, &unseen, |one| {
+                reference.push(Window::reference(reference.len() + 1, &one));
+                all.add(&one);
+            });
+        }
+        manifest.routing = all.usage();
         manifest.steps = Some(self.progress.step);
         manifest.best_step = selection.exported().map(|best| best.step);
         if model.weights.is_trained() {
             save_model(&path, &model.spec, &config.model, &model.params)?;
         } else {
-            save_adapter(&path, settings, &model.adapters, &model.params, manifest)?;
+            write_folder(&path, |dir| {
+                fill_adapter(dir, settings, &model.adapters, &model.params, manifest)?;
+                if reference.is_empty() {
+                    return Ok(());
+                }
+                write_table(&dir.join(REFERENCE), &reference)
+            })?;
         }
         Ok(path)
     }

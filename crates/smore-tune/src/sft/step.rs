@@ -3,8 +3,9 @@
 use super::windows::Window;
 use crate::config::{BalanceReduction, TrainConfig};
 use crate::data::Sample;
-use crate::model::{Batch, Model, Scales, StepOutput};
+use crate::model::{Batch, Model, Routings, Scales, StepOutput};
 use crate::optimizer::Optimizer;
+use crate::routing::Counts;
 use smore::adapter::{Noise, NoiseKey};
 use smore_engine::Cpu;
 
@@ -19,7 +20,7 @@ pub(super) struct WindowResult {
     pub(super) trained_tokens: usize,
 }
 
-/// Adds up the gradients of a window. Cross-entropy is divided by the trained tokens of the whole
+/// Adds up the gradients of a window; `routed` sees every micro-batch's routing. Cross-entropy is divided by the trained tokens of the whole
 /// window, so that it does not matter how the window is cut into micro-batches.
 pub(super) fn accumulate(
     model: &Model<Cpu<f32>>,
@@ -27,6 +28,7 @@ pub(super) fn accumulate(
     window: &Window,
     train: &TrainConfig,
     optimizer: &mut Optimizer,
+    mut routed: impl FnMut(&Batch, &Routings<Cpu<f32>>),
 ) -> WindowResult {
     let batches: Vec<Batch> = window
         .micro_batches
@@ -49,8 +51,9 @@ pub(super) fn accumulate(
     for (i, batch) in batches.iter().enumerate() {
         let step = window.first_micro_batch + i as u64;
         let key = NoiseKey { seed: train.seed, step, place: 0 };
-        let StepOutput { losses, balance_loss: balance, .. } =
+        let StepOutput { losses, balance_loss: balance, routing } =
             model.step(batch, scales, Some(Noise::Drawn(key)), &mut optimizer.grads);
+        routed(batch, &routing);
         loss += losses.iter().sum::<f64>() * scales.loss;
         balance_loss += balance * scales.balance;
     }
@@ -59,14 +62,21 @@ pub(super) fn accumulate(
 }
 
 /// Mean cross-entropy per trained token of held-out samples, and the number of these tokens.
-/// `None` without samples.
-pub fn evaluate(model: &Model<Cpu<f32>>, samples: &[Sample]) -> Option<(f64, usize)> {
+/// `None` without samples. The routing is added to `counts`.
+pub fn evaluate(
+    model: &Model<Cpu<f32>>,
+    samples: &[Sample],
+    mut counts: Option<&mut Counts>,
+) -> Option<(f64, usize)> {
     let (mut sum, mut count) = (0.0, 0);
     let mut batch = Batch::default();
     for (i, sample) in samples.iter().enumerate() {
         batch.push(sample.ids(), sample.trained());
         if batch.ids.len() >= EVAL_TOKENS || i + 1 == samples.len() {
-            let losses = model.losses(&batch);
+            let (losses, routing) = model.losses_routed(&batch);
+            if let Some(counts) = counts.as_deref_mut() {
+                counts.see(&routing);
+            }
             sum += losses.iter().sum::<f64>();
             count += losses.len();
             batch = Batch::default();
