@@ -4,7 +4,9 @@ use crate::clock::now;
 use crate::models::Loaded;
 use anyhow::Result;
 use smore_tune::audit::{Asked, Log, Made, Record, RoutingDigest};
+use smore_tune::error::Error;
 use smore_tune::generate::{Sampling, generate_routed};
+use smore_tune::routing::{self, Counts, Split, Window};
 use std::io::Write;
 use std::path::PathBuf;
 
@@ -49,6 +51,9 @@ pub(crate) struct Args {
     /// Keep prompt and output in the record too
     #[arg(long, requires = "audit")]
     audit_text: bool,
+    /// Write here, as Parquet, how often which expert was chosen
+    #[arg(long, value_name = "FILE", requires = "adapter")]
+    routing: Option<PathBuf>,
     /// Print one JSON object on standard output instead of the text
     #[arg(long)]
     json: bool,
@@ -68,8 +73,13 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         top_k: args.top_k,
         seed: args.seed,
     };
+    let mut counts = Counts::new(&model.adapters);
+    if args.routing.is_some() && !counts.is_routed() {
+        let message = "--routing is given, but the adapter has no router".into();
+        return Err(Error::Config { file: "generate".into(), message }.into());
+    }
     let mut out = std::io::stdout().lock();
-    let (mut failed, mut routing) = (Ok(()), RoutingDigest::default());
+    let (mut failed, mut digest) = (Ok(()), RoutingDigest::default());
     // Nothing leaves before its record is kept.
     let at_once = !args.json && log.is_none();
     let generated = generate_routed(
@@ -85,16 +95,22 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         },
         |places| {
             if log.is_some() {
-                routing.see(places);
+                digest.see(places);
+            }
+            if args.routing.is_some() {
+                counts.see(places);
             }
         },
     )?;
     failed?;
+    if let Some(file) = &args.routing {
+        routing::write(file, &[Window::of(Split::Generation, (1, 1), &counts)])?;
+    }
     if let Some(log) = &log {
         let made = Made::of(&args.model, args.adapter.as_deref())?;
         let max_new_tokens = args.max_new_tokens;
         let asked = Asked { prompt: &args.prompt, ids: &prompt, layout, max_new_tokens, sampling };
-        let record = Record::new(now(), made, &asked, &generated, routing, args.audit_text);
+        let record = Record::new(now(), made, &asked, &generated, digest, args.audit_text);
         let head = log.append(record)?;
         eprintln!("audit: record {}, head {}", head.number, head.hash);
     }

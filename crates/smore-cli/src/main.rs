@@ -10,6 +10,7 @@ mod data;
 mod demo;
 mod distill;
 mod doctor;
+mod drift;
 mod eval;
 mod folders;
 mod generate;
@@ -22,6 +23,7 @@ mod models;
 mod plan;
 mod progress;
 mod reproduce;
+mod routes;
 mod table;
 mod trace;
 mod train;
@@ -56,6 +58,8 @@ enum Command {
     DistillLora(distill::Args),
     /// Look at model, adapter, data and machine before anything long starts
     Doctor(doctor::Args),
+    /// Compare the routing of new traffic with that of the held-out samples; exit code 1 on alarm
+    Drift(drift::Args),
     /// Answer a question set with a model and, on the same samples, with an adapter
     Eval(eval::Args),
     /// Make a deeper S'MoRE of an adapter that exists, with the same function
@@ -70,6 +74,8 @@ enum Command {
     Plan(plan::Args),
     /// Studies that anyone can run again
     Reproduce(reproduce::Args),
+    /// Show how a run's or an adapter's routers use their experts, on the terminal or as a page
+    Routes(routes::Args),
     /// Show which experts act on which tokens, and what an answer loses without them
     Trace(trace::Args),
     /// Compute recorded cases of other implementations again and compare
@@ -88,6 +94,7 @@ fn main() -> ExitCode {
         Command::Data(args) => data::run(&args),
         Command::DistillLora(args) => distill::run(&args),
         Command::Doctor(args) => doctor::run(&args),
+        Command::Drift(args) => return ended(drift::run(&args)),
         Command::Eval(args) => eval::run(&args),
         Command::Grow(args) => grow::run(&args),
         Command::ImportConfig(args) => import::run(&args),
@@ -95,6 +102,7 @@ fn main() -> ExitCode {
         Command::Merge(args) => merge::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Reproduce(args) => reproduce::run(&args),
+        Command::Routes(args) => routes::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Verify(args) => verify::run(&args),
     };

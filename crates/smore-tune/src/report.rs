@@ -7,6 +7,8 @@ mod heat;
 mod interval;
 mod page;
 
+pub(crate) use page::interactive;
+
 use crate::error::{Error, Result};
 use std::io::Write;
 use std::path::Path;

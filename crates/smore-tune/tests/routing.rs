@@ -34,7 +34,7 @@ const ADAPTERS: [&str; 7] = [
 ];
 
 fn model(section: &str) -> Model<Cpu<f32>> {
-    let folder = ModelFolder::open(&base("llama")).unwrap();
+    let folder = ModelFolder::open(&base("qwen2")).unwrap();
     let LoadedAdapter { adapters, values, .. } = adapter(&folder, section);
     Model::new(Cpu::new(), &folder, adapters, &values, 64)
 }

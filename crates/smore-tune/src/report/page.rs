@@ -3,27 +3,52 @@
 use super::chart::{self, Chart};
 use super::{Report, Section, heat, interval};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
+use serde_json::Value;
 
 const STYLE: &str = include_str!("page.css");
 
 pub(super) fn render(report: &Report) -> Markup {
+    let sections = html! {
+        @for section in &report.sections { section { (render_section(section)) } }
+    };
+    shell(&report.title, &report.subtitle, "", &sections, &html! {})
+}
+
+/// A page that a script fills: `main` holds its elements, and the script finds `data` as JSON in the
+/// element `data`. One file that needs no network.
+pub(crate) fn interactive(
+    title: &str,
+    subtitle: &str,
+    style: &str,
+    main: &Markup,
+    data: &Value,
+    script: &str,
+) -> String {
+    let data = data.to_string().replace('<', "\\u003c");
+    let script = html! {
+        script type="application/json" id="data" { (PreEscaped(data)) }
+        script { (PreEscaped(script)) }
+    };
+    shell(title, subtitle, style, main, &script).into_string()
+}
+
+fn shell(title: &str, subtitle: &str, style: &str, main: &Markup, script: &Markup) -> Markup {
     html! {
         (DOCTYPE)
         html lang="en" {
             head {
                 meta charset="utf-8";
                 meta name="viewport" content="width=device-width, initial-scale=1";
-                title { (report.title) }
-                style { (PreEscaped(STYLE)) }
+                title { (title) }
+                style { (PreEscaped(STYLE)) (PreEscaped(style)) }
             }
             body {
                 header {
-                    h1 { (report.title) }
-                    @if !report.subtitle.is_empty() { p { (report.subtitle) } }
+                    h1 { (title) }
+                    @if !subtitle.is_empty() { p { (subtitle) } }
                 }
-                main {
-                    @for section in &report.sections { section { (render_section(section)) } }
-                }
+                main { (main) }
+                (script)
             }
         }
     }

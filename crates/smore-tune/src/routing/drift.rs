@@ -20,6 +20,8 @@ use std::path::Path;
 /// The file beside an adapter's that holds the routing of its held-out samples.
 pub const REFERENCE: &str = "smore_routing.parquet";
 
+/// New samples that are compared; of more, an even choice.
+const MOST: usize = 1024;
 /// Draws of a permutation test.
 const DRAWS: usize = 1999;
 /// Added to every share in the population stability index, which has none for zeros.
@@ -148,7 +150,10 @@ impl Reference {
                 self.samples.len()
             )));
         }
-        let pool: Vec<&Sampled> = new.iter().chain(&self.samples).collect();
+        // So many tell any difference that matters; more only take longer.
+        let thin = new.len().div_ceil(MOST);
+        let new: Vec<&Sampled> = new.iter().step_by(thin).collect();
+        let pool: Vec<&Sampled> = new.iter().copied().chain(&self.samples).collect();
         let width = self.samples[0].counts.len();
         let mut all = vec![0.0; width];
         pool.iter().for_each(|s| add(&mut all, &s.counts));

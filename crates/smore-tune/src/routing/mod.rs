@@ -22,11 +22,13 @@
 mod counts;
 pub mod drift;
 pub mod health;
+mod page;
 mod summary;
 mod table;
 
 pub(crate) use counts::tokens_of;
 pub use counts::{Counts, Distinct, LayerCounts, PlaceCounts};
+pub use page::page;
 pub use summary::{LayerUsage, ParentInformation};
 pub use table::{Split, Window, read, write};
 

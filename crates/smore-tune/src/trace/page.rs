@@ -1,52 +1,32 @@
 //! The page of a trace: hovering a token shows its tree, choosing an expert shows its tokens.
 
 use super::{Layer, Trace};
-use maud::{DOCTYPE, PreEscaped, html};
+use crate::report::interactive;
+use maud::html;
 use serde_json::{Value, json};
 
 const SCRIPT: &str = include_str!("page.js");
-const STYLE: &str = concat!(include_str!("../report/page.css"), include_str!("page.css"));
+const STYLE: &str = include_str!("page.css");
 
 /// A trace as one HTML file that needs no network. Numbers are rounded to a 255th of 1 (weights)
 /// or of the place's largest (contributions, by their root); exact ones are in the JSONL.
 pub fn page(trace: &Trace, title: &str) -> String {
-    let data = data(trace).to_string().replace('<', "\\u003c");
-    let page = html! {
-        (DOCTYPE)
-        html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                title { (title) }
-                style { (PreEscaped(STYLE)) }
-            }
-            body {
-                header {
-                    h1 { (title) }
-                    p {
-                        "Point at a token, or touch it, to see which experts act on it. Choose an \
-                         expert to see its tokens: the stronger the colour, the larger its weight."
-                    }
-                }
-                main {
-                    section {
-                        label for="place" { "Place " }
-                        select id="place" {}
-                        div id="experts" {}
-                        div id="text" {}
-                    }
-                    section {
-                        h2 id="of" {}
-                        div.scroll id="tree" {}
-                        p id="note" {}
-                    }
-                }
-                script type="application/json" id="data" { (PreEscaped(data)) }
-                script { (PreEscaped(SCRIPT)) }
-            }
+    let main = html! {
+        section {
+            label for="place" { "Place " }
+            select id="place" {}
+            div id="experts" {}
+            div id="text" {}
+        }
+        section {
+            h2 id="of" {}
+            div.scroll id="tree" {}
+            p id="note" {}
         }
     };
-    page.into_string()
+    let subtitle = "Point at a token, or touch it, to see which experts act on it. Choose an expert to \
+                    see its tokens: the stronger the colour, the larger its weight.";
+    interactive(title, subtitle, STYLE, &main, &data(trace), SCRIPT)
 }
 
 fn data(trace: &Trace) -> Value {
