@@ -16,6 +16,7 @@ use smore_tune::inject::{Adapters, Slot};
 use smore_tune::model::spec::DecoderSpec;
 use smore_tune::report::{Report, Section};
 use smore_tune::routing::LayerUsage;
+use smore_tune::run_report::evenness_map;
 use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
@@ -309,25 +310,9 @@ impl Page<'_> {
             sections.push(table("Results", &note, results));
         }
         for s in self.subjects.iter().filter(|s| !s.routing.is_empty()) {
-            sections.push(evenness(s));
+            sections.push(evenness_map(&format!("Evenness of routers: {}", s.name), &s.routing));
         }
         let title = "smore compare".into();
         Report { title, subtitle: format!("the others beside {first}"), sections }
-    }
-}
-
-/// A row for each adapted map, a column for each layer.
-fn evenness(subject: &Subject) -> Section {
-    let depth = subject.routing.iter().map(|u| u.layer + 1).max().unwrap_or(1);
-    let rows: Vec<&[LayerUsage]> = subject.routing.chunks(depth).collect();
-    Section::HeatMap {
-        heading: format!("Evenness of routers: {}", subject.name),
-        note: "1 is even use, 0 a single expert. Layer 0 holds the leaves.".into(),
-        rows: rows
-            .iter()
-            .map(|r| r[0].path.trim_start_matches("model.layers.").to_owned())
-            .collect(),
-        columns: (0..depth).map(|l| format!("layer {l}")).collect(),
-        values: rows.iter().map(|r| r.iter().map(LayerUsage::evenness).collect()).collect(),
     }
 }

@@ -35,7 +35,8 @@ fn metrics(run: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let line = |line| {
         let mut json: Value = serde_json::from_str(line).unwrap();
-        json.as_object_mut().unwrap().remove("seconds");
+        let fields = json.as_object_mut().unwrap();
+        fields.retain(|key, _| key != "seconds" && key != "resident_memory_bytes");
         json
     };
     text.lines().map(line).collect()

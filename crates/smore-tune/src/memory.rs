@@ -44,6 +44,11 @@ pub struct Split {
 }
 
 impl Split {
+    /// All parts together.
+    pub fn total(&self) -> u64 {
+        self.program_and_data + self.weights + self.adapter_and_optimizer + self.activations
+    }
+
     /// Divides `peak`. Weights that were never read from their file are not resident: what is known
     /// is cut to what was measured.
     pub fn of(peak: u64, before: u64, weights: u64, trained: u64) -> Self {

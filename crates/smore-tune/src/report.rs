@@ -34,6 +34,20 @@ pub enum Section {
         /// Paragraphs.
         paragraphs: Vec<String>,
     },
+    /// The few numbers that matter most, large.
+    Cards {
+        /// The cards.
+        cards: Vec<Card>,
+    },
+    /// What was asked and answered, text by text.
+    Exchanges {
+        /// Heading.
+        heading: String,
+        /// What to know before reading it; may be empty.
+        note: String,
+        /// For each question, names and texts.
+        rows: Vec<Vec<(String, String)>>,
+    },
     /// A table; the first column is read as names, the others as numbers.
     Table {
         /// Heading.
@@ -84,6 +98,30 @@ pub enum Section {
         /// Name, number and half of its interval, which may be infinite.
         rows: Vec<(String, f64, f64)>,
     },
+}
+
+/// A number that matters.
+#[derive(Clone, Debug)]
+pub struct Card {
+    /// What it is.
+    pub label: String,
+    /// The number, or a word.
+    pub value: String,
+    /// What it is held against; may be empty.
+    pub note: String,
+    /// Whether it is good or bad.
+    pub tone: Tone,
+}
+
+/// How a card is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tone {
+    /// As it should be.
+    Good,
+    /// To be looked at.
+    Bad,
+    /// Neither.
+    Plain,
 }
 
 /// One curve.
@@ -160,6 +198,10 @@ mod tests {
         let bad = || "<script src='http://x'>".to_owned();
         let html = page(vec![
             Section::Text { heading: bad(), paragraphs: vec![bad()] },
+            Section::Cards {
+                cards: vec![Card { label: bad(), value: bad(), note: bad(), tone: Tone::Bad }],
+            },
+            Section::Exchanges { heading: bad(), note: bad(), rows: vec![vec![(bad(), bad())]] },
             Section::Table {
                 heading: bad(),
                 note: bad(),

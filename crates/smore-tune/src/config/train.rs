@@ -47,6 +47,8 @@ pub struct TrainConfig {
     pub early_stopping_threshold: f64,
     /// Export the values of the evaluation with the lowest held-out loss, not the last ones.
     pub load_best_model_at_end: bool,
+    /// Held-out questions whose answers before and after training the report shows.
+    pub report_samples: usize,
     /// Seed of every random draw of the run.
     pub seed: u64,
     /// Decoupled weight decay of AdamW.
@@ -100,6 +102,7 @@ impl Default for TrainConfig {
             early_stopping_patience: None,
             early_stopping_threshold: 0.0,
             load_best_model_at_end: false,
+            report_samples: 3,
             seed: 42,
             weight_decay: 0.0,
             adam_beta1: 0.9,

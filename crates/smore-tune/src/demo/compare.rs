@@ -18,7 +18,7 @@ use crate::report::{Report, Section};
 use crate::routing::health::HealthConfig;
 use crate::routing::{LayerUsage, usage};
 use crate::run_folder::move_aside;
-use crate::run_report::{curves, thousands};
+use crate::run_report::{EVENNESS, curves, evenness_map, thousands};
 use crate::sft::{Metric, Observer, Prepared, evaluate};
 use crate::template::{Message, Template};
 use crate::tokenizer::Tokenizer;
@@ -281,7 +281,7 @@ impl Desk {
     ) -> Report {
         let mut sections = vec![result_table(comparison), skill_table(comparison)];
         sections.extend(curves(&[("LoRA", lora), ("S'MoRE", smore)]));
-        sections.push(evenness_map(&comparison.usage));
+        sections.push(evenness_map(EVENNESS, &comparison.usage));
         sections.push(self.experts_by_skill(model, &comparison.usage));
         Report {
             title: "smore demo".into(),
@@ -360,21 +360,5 @@ fn skill_table(c: &Comparison) -> Section {
         note: String::new(),
         columns: ["skill", "base", "LoRA", "S'MoRE"].map(String::from).to_vec(),
         rows: Skill::ALL.iter().map(row).collect(),
-    }
-}
-
-/// Evenness of every router: a row for each adapted map, a column for each layer.
-fn evenness_map(usage: &[LayerUsage]) -> Section {
-    let depth = usage.iter().map(|u| u.layer + 1).max().unwrap_or(0);
-    let rows: Vec<&[LayerUsage]> = usage.chunks(depth.max(1)).collect();
-    let name = |u: &LayerUsage| u.path.trim_start_matches("model.layers.").to_owned();
-    Section::HeatMap {
-        heading: "How evenly the routers use their experts".into(),
-        note: "Entropy of the experts' shares on the held-out questions over that of equal \
-               shares: 1 is even, 0 is a single expert. Layer 0 holds the leaves."
-            .into(),
-        rows: rows.iter().map(|r| name(&r[0])).collect(),
-        columns: (0..depth).map(|l| format!("layer {l}")).collect(),
-        values: rows.iter().map(|r| r.iter().map(LayerUsage::evenness).collect()).collect(),
     }
 }

@@ -41,6 +41,7 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
         gradient_checkpointing: train.gradient_checkpointing,
         keeps_best: train.load_best_model_at_end,
     };
+    examined.planned = Some(demand.split());
     let (needed, steps) = (demand.peak(), crate::sft::total_steps(train, entries.len()));
     // The adapter, and beside it parameters, two moments and perhaps the best values.
     let checkpoint = trained as u64 * 4 * (4 + u64::from(train.load_best_model_at_end));

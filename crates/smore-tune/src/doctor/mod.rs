@@ -14,6 +14,7 @@ use crate::checkpoint::LoadedAdapter;
 use crate::config::{AdapterConfig, DataConfig, RunConfig, TrainConfig};
 use crate::data::Dataset;
 use crate::error::{Error, Result};
+use crate::memory::Split;
 use crate::model::folder::ModelFolder;
 use crate::model::spec::DecoderSpec;
 use crate::template::Template;
@@ -133,12 +134,14 @@ pub struct Examined {
     pub(crate) spec: Option<DecoderSpec>,
     /// The base's weights; absent too where they are drawn anew.
     pub(crate) folder: Option<ModelFolder>,
-    tokenizer: Option<Tokenizer>,
+    pub(crate) tokenizer: Option<Tokenizer>,
     template: Option<Template>,
     /// The adapters and their starting values.
     pub(crate) start: Option<LoadedAdapter>,
     /// Samples to train on and held out.
     pub(crate) data: Option<Dataset>,
+    /// The memory that training is expected to take.
+    pub(crate) planned: Option<Split>,
 }
 
 /// Looks at everything that `subject` names.

@@ -33,8 +33,7 @@ pub struct Demand<'a> {
 impl Demand<'_> {
     /// Bytes at the height of a training step, roughly.
     pub fn peak(&self) -> u64 {
-        let Split { program_and_data, weights, adapter_and_optimizer, activations } = self.split();
-        program_and_data + weights + adapter_and_optimizer + activations
+        self.split().total()
     }
 
     /// The parts of [`Demand::peak`].

@@ -1,7 +1,7 @@
 //! The page around the charts.
 
 use super::chart::{self, Chart};
-use super::{Report, Section, heat, interval};
+use super::{Card, Report, Section, Tone, heat, interval};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
@@ -60,6 +60,23 @@ fn render_section(section: &Section) -> Markup {
             h2 { (heading) }
             @for paragraph in paragraphs { p { (paragraph) } }
         },
+        Section::Cards { cards } => html! {
+            ul.cards { @for card in cards { (self::card(card)) } }
+        },
+        Section::Exchanges { heading, note, rows } => {
+            let exchange = |row: &[(String, String)]| {
+                html! {
+                    dl.exchange {
+                        @for (name, text) in row { div { dt { (name) } dd { (text) } } }
+                    }
+                }
+            };
+            html! {
+                h2 { (heading) }
+                @if !note.is_empty() { p.about { (note) } }
+                @for row in rows { (exchange(row)) }
+            }
+        }
         Section::Table { heading, note, columns, rows } => {
             figure(heading, note, &table(columns, rows))
         }
@@ -72,6 +89,21 @@ fn render_section(section: &Section) -> Markup {
         }
         Section::Intervals { heading, note, unit, rows } => {
             figure(heading, note, &interval::render(heading, unit, rows))
+        }
+    }
+}
+
+fn card(card: &Card) -> Markup {
+    let tone = match card.tone {
+        Tone::Good => "good",
+        Tone::Bad => "bad",
+        Tone::Plain => "plain-card",
+    };
+    html! {
+        li class=(tone) {
+            span.label { (card.label) }
+            span.value { (card.value) }
+            @if !card.note.is_empty() { span.note { (card.note) } }
         }
     }
 }

@@ -1,10 +1,13 @@
 //! What a run says of itself: the lines of `metrics.jsonl`, who watches, and the outcome.
 
+use super::exchanges::Exchange;
 use super::watch::Flag;
+use crate::inject::Adapters;
 use crate::memory::Split;
 use crate::routing::LayerUsage;
 use crate::routing::health::Alarm;
 use serde::{Deserialize, Serialize};
+use smore::layout::Param;
 use std::path::{Path, PathBuf};
 
 /// One line of `metrics.jsonl`.
@@ -42,6 +45,9 @@ pub struct StepMetric {
     pub tokens: usize,
     /// Seconds of training so far.
     pub seconds: f64,
+    /// Memory resident after the step, in bytes; 0 where the system does not say.
+    #[serde(default)]
+    pub resident_memory_bytes: u64,
     /// What is out of the ordinary.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub flags: Vec<Flag>,
@@ -112,6 +118,40 @@ impl RoutersMetric {
     }
 }
 
+/// The adapters on one kind of module.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct ModuleParameters {
+    /// Its name in a block, such as `mlp.gate_proj`.
+    pub module: String,
+    /// Blocks in which it is adapted.
+    pub places: usize,
+    /// Trained parameters of all of them.
+    pub parameters: usize,
+    /// Those of them that are the routers'.
+    pub router: usize,
+}
+
+impl ModuleParameters {
+    /// Of every adapted kind of module, in the order of a block.
+    pub(super) fn of(adapters: &Adapters) -> Vec<Self> {
+        let mut all: Vec<Self> = Vec::new();
+        for slot in &adapters.slots {
+            let path = slot.path();
+            let module = path.splitn(4, '.').nth(3).unwrap_or(&path).to_owned();
+            if !all.iter().any(|m| m.module == module) {
+                let module = module.clone();
+                all.push(Self { module, places: 0, parameters: 0, router: 0 });
+            }
+            let Some(own) = all.iter_mut().find(|m| m.module == module) else { continue };
+            own.places += 1;
+            own.parameters += slot.range.len();
+            let routers = slot.params().iter().filter(|p| p.router().is_some());
+            own.router += routers.map(Param::len).sum::<usize>();
+        }
+        all
+    }
+}
+
 /// Watches a run.
 pub trait Observer {
     /// Called for every line of `metrics.jsonl`; `tokens` have been read since training began.
@@ -168,6 +208,16 @@ pub struct Outcome {
     pub peak_memory_bytes: u64,
     /// What that memory holds.
     pub memory: Split,
+    /// What it was expected to hold.
+    pub planned_memory: Split,
+    /// The trained parameters, by kind of module.
+    pub modules: Vec<ModuleParameters>,
+    /// Parameters of the base.
+    pub base_parameters: usize,
+    /// What was not as it could be before the run.
+    pub warnings: Vec<String>,
+    /// Answers to held-out questions before and after.
+    pub exchanges: Vec<Exchange>,
     /// How the routers used their experts on held-out samples; empty without routers.
     pub routing: Vec<LayerUsage>,
     /// Every alarm about a router, also those that are over.

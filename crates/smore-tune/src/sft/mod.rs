@@ -5,6 +5,7 @@
 //! an [`Observer`]'s business.
 
 mod diagnosis;
+mod exchanges;
 mod metric;
 mod resume;
 pub(crate) mod routers;
@@ -13,7 +14,10 @@ mod step;
 mod watch;
 mod windows;
 
-pub use metric::{EvalMetric, Metric, Observer, Outcome, RoutersMetric, Silent, StepMetric};
+pub use exchanges::Exchange;
+pub use metric::{
+    EvalMetric, Metric, ModuleParameters, Observer, Outcome, RoutersMetric, Silent, StepMetric,
+};
 pub use step::evaluate;
 pub use watch::Flag;
 pub(crate) use windows::total_steps;
@@ -25,9 +29,11 @@ use crate::config::{AdapterConfig, RunConfig};
 use crate::data::{Dataset, Sample};
 use crate::doctor::{Examined, Finding, Subject, examine};
 use crate::error::Result;
+use crate::memory::Split;
 use crate::model::Model;
 use crate::model::folder::ModelFolder;
 use crate::model::spec::DecoderSpec;
+use crate::tokenizer::Tokenizer;
 use resume::Resumed;
 use run::Run;
 use smore_engine::Cpu;
@@ -50,6 +56,9 @@ pub struct Prepared {
     pub cutoff_len: usize,
     /// Samples, or packs of them, in which batches are counted.
     entries: Vec<Vec<usize>>,
+    tokenizer: Tokenizer,
+    /// The memory that training is expected to take.
+    planned: Split,
     /// Optimizer steps.
     pub total_steps: usize,
     /// Where the run goes on.
@@ -70,6 +79,8 @@ impl Prepared {
             spec: Some(spec),
             start: Some(start),
             data: Some(data),
+            tokenizer: Some(tokenizer),
+            planned: Some(planned),
             folder,
             findings,
             ..
@@ -90,6 +101,8 @@ impl Prepared {
             manifest,
             cutoff_len,
             entries,
+            tokenizer,
+            planned,
             total_steps,
             resumed: None,
             findings,

@@ -37,6 +37,8 @@ pub(super) struct Progress {
     /// The evaluation before training, and the last one.
     pub(super) before: Option<EvalMetric>,
     pub(super) after: Option<EvalMetric>,
+    /// What the model answered before training.
+    pub(super) answers: Vec<String>,
 }
 
 /// `training_state.json`

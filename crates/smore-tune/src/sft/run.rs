@@ -1,7 +1,8 @@
 //! A run from its first step, or the one it goes on from, to what it exports.
 
 use super::diagnosis::not_finite;
-use super::metric::{EvalMetric, Metric, Observer, Outcome, StepMetric};
+use super::exchanges;
+use super::metric::{EvalMetric, Metric, ModuleParameters, Observer, Outcome, StepMetric};
 use super::resume::{Checkpoints, Progress};
 use super::routers::Routers;
 use super::step::{accumulate, evaluate};
@@ -12,6 +13,7 @@ use crate::checkpoint::manifest::Manifest;
 use crate::checkpoint::{LoadedAdapter, Settings, fill_adapter, save_model, write_folder};
 use crate::config::{AdapterConfig, RunConfig};
 use crate::data::{Dataset, Sample};
+use crate::doctor::Severity;
 use crate::error::{Error, Result};
 use crate::inject::Adapters;
 use crate::learning_rates::rates as rates_of;
@@ -27,6 +29,7 @@ use crate::run_folder::RunFolder;
 use crate::run_report;
 use crate::schedule::Schedule;
 use crate::selection::Selection;
+use crate::tokenizer::Tokenizer;
 use crate::trainer_state::write_trainer_state;
 use smore_engine::Cpu;
 use std::path::PathBuf;
@@ -50,6 +53,9 @@ pub(super) struct Run {
     watch: Watch,
     routers: Routers,
     progress: Progress,
+    tokenizer: Tokenizer,
+    planned: Split,
+    warnings: Vec<String>,
     out: RunFolder,
     /// When this program began to train, and the seconds of training before that.
     start: (Instant, f64),
@@ -61,6 +67,14 @@ impl Run {
     /// Opens the run folder, builds the model and puts everything where it was.
     pub(super) fn begin(prepared: Prepared, observer: &mut dyn Observer) -> Result<Self> {
         let Prepared { config, spec, folder, data, start, manifest, cutoff_len, .. } = prepared;
+        let (tokenizer, planned) = (prepared.tokenizer, prepared.planned);
+        let warnings = prepared.findings.into_iter().filter(|f| f.severity == Severity::Warning);
+        let warnings = warnings
+            .map(|f| match f.remedy {
+                Some(remedy) => format!("{}; {remedy}", f.message),
+                None => f.message,
+            })
+            .collect();
         let (entries, total_steps, resumed) =
             (prepared.entries, prepared.total_steps, prepared.resumed);
         let LoadedAdapter { settings, adapters, values } = start;
@@ -109,6 +123,9 @@ impl Run {
             selection,
             watch,
             progress,
+            tokenizer,
+            planned,
+            warnings,
             out,
         })
     }
@@ -119,6 +136,7 @@ impl Run {
         if self.progress.step == 0 {
             self.evaluate(observer)?;
             self.progress.before = self.progress.after.clone();
+            self.progress.answers = self.answers()?;
         }
         for step in self.progress.step + 1..=self.total_steps {
             let metric = self.step(step)?;
@@ -177,6 +195,7 @@ impl Run {
             trained_tokens: result.trained_tokens,
             tokens: result.tokens,
             seconds: self.seconds(),
+            resident_memory_bytes: memory::resident(),
             flags: self.watch.see(result.loss, grad_norm),
         })
     }
@@ -223,6 +242,17 @@ impl Run {
         })
     }
 
+    /// The samples that the report shows.
+    fn shown(&self) -> Vec<&Sample> {
+        let data = &self.data;
+        let samples = if data.validation.is_empty() { &data.train } else { &data.validation };
+        exchanges::shown(samples, self.config.train.report_samples, self.model.context)
+    }
+
+    fn answers(&self) -> Result<Vec<String>> {
+        exchanges::answers(&self.model, &self.tokenizer, &self.shown())
+    }
+
     fn seconds(&self) -> f64 {
         self.start.1 + self.start.0.elapsed().as_secs_f64()
     }
@@ -233,7 +263,12 @@ impl Run {
         observer: &mut dyn Observer,
     ) -> Result<(Outcome, Model<Cpu<f32>>)> {
         self.routers.flush()?;
+        let seconds = self.seconds();
+        let peak = memory::peak();
         let trained = self.export()?;
+        let answers = self.answers()?;
+        let before = self.progress.answers.clone();
+        let exchanges = exchanges::exchanges(&self.tokenizer, &self.shown(), before, answers)?;
         let (config, selection) = (&self.config, &self.selection);
         let metrics = self.out.metrics();
         write_trainer_state(
@@ -246,7 +281,7 @@ impl Run {
         observer.saved(&trained);
         let Progress { step: steps, tokens, before, after, .. } = self.progress.clone();
         let kept = 4 + usize::from(selection.exported().is_some());
-        let (peak, (without_model, weights)) = (memory::peak(), self.resident);
+        let (without_model, weights) = self.resident;
         let trained_bytes = (self.model.trained() * 4 * kept) as u64;
         let (best, exported) = (selection.best.as_ref(), selection.exported());
         let alarm = |metric: &Metric| match metric {
@@ -266,9 +301,14 @@ impl Run {
             best_eval_loss: best.map(|best| best.loss),
             exported_step: exported.map_or(steps, |best| best.step),
             tokens,
-            seconds: self.seconds(),
+            seconds,
             peak_memory_bytes: peak,
             memory: Split::of(peak, without_model, weights, trained_bytes),
+            planned_memory: self.planned,
+            modules: ModuleParameters::of(&self.model.adapters),
+            base_parameters: self.model.spec.parameters(),
+            warnings: self.warnings,
+            exchanges,
             routing: self.manifest.routing,
             alarms,
             metrics: self.out.into_metrics(),
