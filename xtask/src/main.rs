@@ -5,6 +5,7 @@
 
 mod ecosystem;
 mod eval_peer;
+mod pages;
 mod tensorboard;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -38,6 +39,9 @@ enum Task {
     /// Adapters to and from PEFT and other Python packages; not in `ci`, since it installs
     /// gigabytes of torch (or takes the Python that SMORE_PYTHON names)
     Ecosystem,
+    /// Every page of the program in headless Chromium, on a desk and on a phone, light and dark; not
+    /// in `ci`, since it needs the browser
+    Pages,
     /// Event files of a run read by TensorBoard; not in `ci`, since it installs TensorBoard (or takes
     /// the Python that SMORE_PYTHON names)
     Tensorboard,
@@ -103,6 +107,7 @@ fn run(task: Task) -> Result<()> {
         Task::Demo => demo(),
         Task::DemoBase => demo_base(),
         Task::Ecosystem => ecosystem::ecosystem(),
+        Task::Pages => pages::pages(),
         Task::Tensorboard => tensorboard::tensorboard(),
         Task::EvalPeer { limit } => eval_peer::eval_peer(limit),
         Task::Bench { args } => {
