@@ -194,9 +194,6 @@ fn window_row((i, w): (usize, &Drift)) -> Vec<String> {
 }
 
 fn page(whole: &Drift, windows: &[Drift], rate: f64) -> Report {
-    let names = |layers: &[&LayerDrift]| -> Vec<String> {
-        layers.iter().map(|l| format!("layer {} of {}", l.layer, l.place)).collect()
-    };
     let columns = |names: &[&str]| names.iter().map(|&n| n.to_owned()).collect();
     let mut sections = vec![Section::Table {
         heading: "Places, the farthest first".into(),
@@ -208,16 +205,18 @@ fn page(whole: &Drift, windows: &[Drift], rate: f64) -> Report {
     }];
     let far: Vec<&LayerDrift> = whole.layers.iter().take(ROWS).collect();
     let most = far.iter().map(|l| l.shares[0].len()).max().unwrap_or(0);
-    let experts: Vec<String> = (0..most).map(|e| format!("expert {e}")).collect();
-    for (i, when) in ["on the held-out samples", "now"].into_iter().enumerate() {
-        sections.push(Section::HeatMap {
-            heading: format!("Shares of the experts {when}"),
-            note: format!("The {} places that are farthest.", far.len()),
-            rows: names(&far),
-            columns: experts.clone(),
-            values: far.iter().map(|l| l.shares[i].clone()).collect(),
-        });
-    }
+    let both = far.iter().flat_map(|l| {
+        let name = format!("layer {} of {}", l.layer, l.place);
+        [(format!("{name}: then"), &l.shares[0]), (format!("{name}: now"), &l.shares[1])]
+    });
+    let (rows, values) = both.map(|(name, shares)| (name, shares.clone())).unzip();
+    sections.push(Section::HeatMap {
+        heading: "Shares of the experts on the held-out samples and now".into(),
+        note: format!("The {} places that are farthest.", far.len()),
+        rows,
+        columns: (0..most).map(|e| format!("expert {e}")).collect(),
+        values,
+    });
     if !windows.is_empty() {
         sections.push(Section::Table {
             heading: "Windows".into(),
