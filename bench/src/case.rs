@@ -14,6 +14,8 @@ pub(crate) enum Case {
     Layer { adapter: Adapter, dtype: Precision, tokens: usize, d_in: usize, d_out: usize },
     /// A training step of a decoder with adapters on its FFN.
     Step(Step),
+    /// What is done beside a step of S'MoRE to watch its routers: counting, or tracing some tokens.
+    Watch { step: Step, trace_tokens: usize },
     /// Tokens decoded greedily one by one behind a short prompt.
     Decode { shape: Shape, adapter: Adapter, tokens: usize },
     /// Reading memory from all cores.

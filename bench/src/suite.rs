@@ -75,6 +75,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     suite.layer()?;
     suite.blocks()?;
     suite.training_steps()?;
+    suite.watching()?;
     suite.length()?;
     if !args.quick {
         suite.billion()?;
@@ -261,6 +262,27 @@ impl Suite<'_> {
             self.ratio(&format!("train_step_bf16_to_peer{suffix}"), bf16_speed);
             self.ratio(&format!("peak_memory_to_peer{suffix}"), least.map(|m| ours.peak / m));
         }
+        Ok(())
+    }
+
+    /// What watching the routers costs beside a step.
+    fn watching(&mut self) -> Result<()> {
+        println!(
+            "\nWatching the routers beside a step, Llama of width 512, 4 x 256 tokens, S'MoRE"
+        );
+        let step = || self.step_case(Adapter::Smore, Precision::Bfloat16, 128);
+        let watch = |trace_tokens| Case::Watch { step: step(), trace_tokens };
+        let cases = [Case::Step(step()), watch(0), watch(16)];
+        let workers = cases.iter().map(Worker::ours).collect::<Result<Vec<_>>>()?;
+        let all = by_turns(workers, self.rounds)?;
+        let share = |i: usize| all[i].seconds / all[0].seconds;
+        println!(
+            "  counting {:.2}% of the step, the trees of 16 tokens {:.2}%",
+            100.0 * share(1),
+            100.0 * share(2)
+        );
+        self.ratio("statistics_to_step", Some(share(1)));
+        self.ratio("sampled_trace_to_step", Some(share(2)));
         Ok(())
     }
 

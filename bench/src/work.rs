@@ -9,11 +9,12 @@ use smore::adapter::{AnyAdapter, AnySaved, Lora, MapAdapter, Mode, Smore};
 use smore::spec::{LoraSpec, SmoreSpec};
 use smore_engine::{Cpu, Device, HostMatrix, MatrixRef, View, ViewMut};
 use smore_tune::config::{AdapterConfig, TrainConfig};
-use smore_tune::inject::Adapters;
+use smore_tune::inject::{Adapters, Slot};
 use smore_tune::memory;
 use smore_tune::model::folder::ModelFolder;
 use smore_tune::model::{Batch, Model, Scales};
 use smore_tune::optimizer::Optimizer;
+use smore_tune::routing::{Counts, trace_lines};
 use std::io::{BufRead, Write};
 use std::time::Instant;
 
@@ -52,6 +53,7 @@ fn prepare(case: &Case) -> Result<Work> {
             layer(*adapter, *dtype, *tokens, *d_in, *d_out)
         }
         Case::Step(step) => training_step(step),
+        Case::Watch { step, trace_tokens } => watch(step, *trace_tokens),
         Case::Decode { shape, adapter, tokens } => decode(shape, *adapter, *tokens),
         Case::Bandwidth { bytes } => Ok(bandwidth(*bytes)),
     }
@@ -147,6 +149,27 @@ fn training_step(step: &Step) -> Result<Work> {
         done += 1;
         model.step(&batch, scales, None, &mut optimizer.grads);
         optimizer.step(&mut model, &train, 1e-4, done)?;
+        Ok(())
+    }))
+}
+
+/// Counts the routing of a step, or writes the trees of some of its tokens as lines.
+fn watch(step: &Step, trace_tokens: usize) -> Result<Work> {
+    let model = model(&step.shape, step.adapter, step.dtype, step.length)?;
+    let mut batch = Batch::default();
+    for i in 0..step.batch {
+        let ids = tokens(step.length, i, step.shape.vocabulary);
+        batch.push(&ids, &vec![true; step.length]);
+    }
+    let routing = model.routing(&batch);
+    let places: Vec<String> = model.adapters.slots.iter().map(Slot::path).collect();
+    let mut counts = Counts::new(&model.adapters);
+    Ok(Box::new(move || {
+        if trace_tokens == 0 {
+            counts.see(&routing);
+        } else {
+            std::hint::black_box(trace_lines(&places, 1, &batch.ids[..trace_tokens], &routing));
+        }
         Ok(())
     }))
 }

@@ -98,7 +98,7 @@ pub(crate) fn run(args: &Args) -> Result<ExitCode> {
     let windows = match args.window {
         Some(tokens) => windows(&new, tokens)
             .into_iter()
-            .map(|w| reference.compare(w, args.false_alarms, args.seed))
+            .map(|w| reference.compare_window(w, tokens, args.false_alarms, args.seed))
             .collect::<Result<Vec<_>, _>>()?,
         None => Vec::new(),
     };
@@ -127,7 +127,7 @@ fn sources(args: &Args) -> Result<Vec<SourceConfig>> {
     Ok(all)
 }
 
-/// Runs of samples of at least so many tokens; what is left at the end goes with the last.
+/// Runs of samples of at least so many tokens; what is left at the end belongs to none.
 fn windows(samples: &[Sampled], tokens: u64) -> Vec<&[Sampled]> {
     let (mut cuts, mut sum) = (vec![0], 0);
     for (i, sample) in samples.iter().enumerate() {
@@ -136,11 +136,6 @@ fn windows(samples: &[Sampled], tokens: u64) -> Vec<&[Sampled]> {
             cuts.push(i + 1);
             sum = 0;
         }
-    }
-    if let [_, .., last] = cuts.as_mut_slice() {
-        *last = samples.len();
-    } else {
-        cuts.push(samples.len());
     }
     cuts.windows(2).map(|cut| &samples[cut[0]..cut[1]]).collect()
 }

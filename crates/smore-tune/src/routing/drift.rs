@@ -11,7 +11,7 @@
 use super::counts::Counts;
 use super::table::Window;
 use crate::error::{Error, Result};
-use rand::RngExt;
+use rand::seq::index;
 use rayon::prelude::*;
 use serde::Serialize;
 use smore::rng::{Purpose, stream};
@@ -23,7 +23,7 @@ pub const REFERENCE: &str = "smore_routing.parquet";
 /// New samples that are compared; of more, an even choice.
 const MOST: usize = 1024;
 /// Draws of a permutation test.
-const DRAWS: usize = 1999;
+const DRAWS: usize = 999;
 /// Added to every share in the population stability index, which has none for zeros.
 const FLOOR: f64 = 1e-4;
 
@@ -141,6 +141,26 @@ impl Reference {
     /// # Errors
     /// If there are too few samples for such a rate.
     pub fn compare(&self, new: &[Sampled], rate: f64, seed: u64) -> Result<Drift> {
+        self.compared(new, None, rate, seed)
+    }
+
+    /// As [`Reference::compare`] for samples that were taken one after the other until they had
+    /// `tokens` tokens. The draws are taken so too: samples that are few, since they are long, are
+    /// not like as many drawn at random.
+    ///
+    /// # Errors
+    /// As [`Reference::compare`].
+    pub fn compare_window(
+        &self,
+        new: &[Sampled],
+        tokens: u64,
+        rate: f64,
+        seed: u64,
+    ) -> Result<Drift> {
+        self.compared(new, Some(tokens), rate, seed)
+    }
+
+    fn compared(&self, new: &[Sampled], until: Option<u64>, rate: f64, seed: u64) -> Result<Drift> {
         let least = self.least_rate(new.len());
         if new.is_empty() || rate < least {
             return Err(Error::Run(format!(
@@ -171,12 +191,17 @@ impl Reference {
             .into_par_iter()
             .map(|draw| {
                 let mut rng = stream(seed, Purpose::Permutation, draw as u64, 0);
-                let mut order: Vec<usize> = (0..pool.len()).collect();
-                for i in 0..new.len() {
-                    let other = rng.random_range(i..pool.len());
-                    order.swap(i, other);
-                }
-                divergences(&order[..new.len()])
+                let Some(until) = until else {
+                    return divergences(&index::sample(&mut rng, pool.len(), new.len()).into_vec());
+                };
+                let order = index::sample(&mut rng, pool.len(), pool.len().min(8 * new.len()));
+                let mut tokens = 0;
+                let before = |&i: &usize| {
+                    let goes_on = tokens < until;
+                    tokens += pool[i].tokens;
+                    goes_on
+                };
+                divergences(&order.into_iter().take_while(before).collect::<Vec<_>>())
             })
             .collect();
         // Mean and deviation over the draws and what was observed, which is one of them by chance.
@@ -255,12 +280,11 @@ fn shares(counts: &[f64]) -> Vec<f64> {
 
 /// Jensen-Shannon divergence of two rows of counts, in nats.
 fn js(a: &[f64], b: &[f64]) -> f64 {
-    let (a, b) = (shares(a), shares(b));
-    let half = |p: &[f64], q: &[f64]| -> f64 {
-        let terms = p.iter().zip(q).filter(|(p, _)| **p > 0.0);
-        terms.map(|(p, q)| p * (2.0 * p / (p + q)).ln()).sum()
-    };
-    (0.5 * (half(&a, &b) + half(&b, &a))).max(0.0)
+    let total = |counts: &[f64]| counts.iter().sum::<f64>().max(f64::MIN_POSITIVE);
+    let (all_a, all_b) = (total(a), total(b));
+    let term = |p: f64, q: f64| if p > 0.0 { p * (2.0 * p / (p + q)).ln() } else { 0.0 };
+    let pairs = a.iter().zip(b).map(|(x, y)| (x / all_a, y / all_b));
+    (0.5 * pairs.map(|(p, q)| term(p, q) + term(q, p)).sum::<f64>()).max(0.0)
 }
 
 fn psi(before: &[f64], now: &[f64]) -> f64 {
@@ -271,6 +295,7 @@ fn psi(before: &[f64], now: &[f64]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rand::RngExt;
 
     /// A sample of `tokens` tokens from a text whose leaning differs from text to text.
     fn sample(seed: u64, lean: f64) -> Sampled {

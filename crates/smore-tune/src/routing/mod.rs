@@ -36,6 +36,8 @@ use crate::data::Sample;
 use crate::error::Result;
 use crate::model::{Batch, Model};
 use crate::sft::routers::{FOLDER, parts};
+use serde_json::{Value, json};
+use smore::kernel::Routing;
 use smore_engine::Cpu;
 use std::path::Path;
 
@@ -50,6 +52,35 @@ pub fn read_run(run: &Path) -> Result<Vec<Window>> {
     }
     windows.sort_by_key(|w| (w.steps.1, w.split == Split::HeldOut));
     Ok(windows)
+}
+
+/// The trees of a batch's first tokens `ids` as lines of `traces.jsonl`, one for each place and
+/// token, in the order of `places`, the paths of the adapters.
+pub fn trace_lines(
+    places: &[String],
+    step: usize,
+    ids: &[u32],
+    routing: &[Option<Routing<f32>>],
+) -> String {
+    let mut lines = String::new();
+    for (place, routing) in places.iter().zip(routing) {
+        let Some(routing) = routing else { continue };
+        let tokens = tokens_of(routing);
+        for (token, id) in ids.iter().enumerate() {
+            let layers = routing.tree.layers.iter().map(|layer| {
+                let nodes = layer.expert_idx.len() / tokens;
+                let own = token * nodes..(token + 1) * nodes;
+                let (experts, weights) = (&layer.expert_idx[own.clone()], &layer.gate_weight[own]);
+                json!({"experts": experts, "weights": weights})
+            });
+            let layers: Vec<Value> = layers.collect();
+            let line =
+                json!({"step": step, "token": token, "id": id, "place": place, "layers": layers});
+            lines.push_str(&line.to_string());
+            lines.push('\n');
+        }
+    }
+    lines
 }
 
 /// Samples that go through the model together.

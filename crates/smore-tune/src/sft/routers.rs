@@ -7,9 +7,9 @@ use crate::error::{Error, Result};
 use crate::inject::Slot;
 use crate::model::{Batch, Model, Routings};
 use crate::routing::health::{HealthConfig, HealthState};
-use crate::routing::{Counts, Split, Window, tokens_of, write as write_table};
+use crate::routing::{Counts, Split, Window, trace_lines, write as write_table};
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, json};
+use serde_json::Value;
 use smore_engine::Cpu;
 use std::fs::OpenOptions;
 use std::io::Write;
@@ -97,22 +97,7 @@ impl Routers {
         }
         let count = (self.config.trace_tokens - self.traced.1).min(batch.ids.len());
         self.traced.1 += count;
-        for (place, routing) in routing.iter().enumerate() {
-            let Some(routing) = routing else { continue };
-            let tokens = tokens_of(routing);
-            for token in 0..count {
-                let layers = routing.tree.layers.iter().map(|layer| {
-                    let nodes = layer.expert_idx.len() / tokens;
-                    let own = token * nodes..(token + 1) * nodes;
-                    let (experts, weights) =
-                        (&layer.expert_idx[own.clone()], &layer.gate_weight[own]);
-                    json!({"experts": experts, "weights": weights})
-                });
-                let line = json!({"step": step, "token": token, "id": batch.ids[token],
-                    "place": self.places[place], "layers": layers.collect::<Vec<_>>()});
-                self.traces.push_str(&format!("{line}\n"));
-            }
-        }
+        self.traces.push_str(&trace_lines(&self.places, step, &batch.ids[..count], routing));
     }
 
     /// Empty counts for an evaluation.
