@@ -24,6 +24,7 @@ mod plan;
 mod progress;
 mod reproduce;
 mod routes;
+mod sweep;
 mod table;
 mod trace;
 mod train;
@@ -76,6 +77,8 @@ enum Command {
     Reproduce(reproduce::Args),
     /// Show how a run's or an adapter's routers use their experts, on the terminal or as a page
     Routes(routes::Args),
+    /// Train many runs that differ in some keys, under one budget; goes on where it stopped
+    Sweep(sweep::Args),
     /// Show which experts act on which tokens, and what an answer loses without them
     Trace(trace::Args),
     /// Compute recorded cases of other implementations again and compare
@@ -103,6 +106,7 @@ fn main() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Reproduce(args) => reproduce::run(&args),
         Command::Routes(args) => routes::run(&args),
+        Command::Sweep(args) => sweep::run(&args),
         Command::Trace(args) => trace::run(&args),
         Command::Verify(args) => verify::run(&args),
     };

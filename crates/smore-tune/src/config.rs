@@ -20,6 +20,7 @@ mod train;
 mod yaml;
 
 pub(crate) use foreign::advice;
+pub(crate) use yaml::from_yaml;
 pub use source::{Columns, Format, SourceConfig, Tags, ValidationConfig};
 pub use train::{BalanceReduction, LrScheduler, RouterLr, SchedulerKwargs, TrainConfig};
 

@@ -6,6 +6,7 @@ mod chart;
 mod heat;
 mod interval;
 mod page;
+mod scatter;
 
 pub(crate) use page::interactive;
 
@@ -86,6 +87,19 @@ pub enum Section {
         columns: Vec<String>,
         /// Values, row by row.
         values: Vec<Vec<f64>>,
+    },
+    /// Points in a plane, some singled out.
+    Scatter {
+        /// Heading.
+        heading: String,
+        /// What to know before reading it; may be empty.
+        note: String,
+        /// What runs to the right.
+        x_label: String,
+        /// What runs upwards.
+        y_label: String,
+        /// Name, place, and whether it is singled out.
+        points: Vec<(String, f64, f64, bool)>,
     },
     /// Numbers with intervals, one below the other, with a line at zero.
     Intervals {
@@ -215,6 +229,13 @@ mod tests {
                 rows: vec![bad()],
                 columns: vec![bad()],
                 values: vec![vec![1.0]],
+            },
+            Section::Scatter {
+                heading: bad(),
+                note: bad(),
+                x_label: bad(),
+                y_label: bad(),
+                points: vec![(bad(), 1.0, 2.0, true)],
             },
             Section::Intervals {
                 heading: bad(),

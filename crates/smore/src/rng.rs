@@ -28,6 +28,8 @@ pub enum Purpose {
     Dropout = 8,
     /// Samples drawn again for a bootstrap interval.
     Bootstrap = 12,
+    /// Values that a sweep tries.
+    Sweep = 14,
     /// Which samples stand for new ones in a permutation test.
     Permutation = 13,
     /// Which parts a composed task is put together from.

@@ -193,7 +193,7 @@ impl<'de, M: MapAccess<'de>> MapAccess<'de> for SkipKind<M> {
 }
 
 /// Parses YAML; an unknown key gets its line and the nearest known key.
-pub(super) fn from_yaml<T: DeserializeOwned>(text: &str, name: &str) -> Result<T> {
+pub(crate) fn from_yaml<T: DeserializeOwned>(text: &str, name: &str) -> Result<T> {
     let says = |line: &str| !line.trim().is_empty() && !line.trim_start().starts_with('#');
     if !text.lines().any(says) {
         return Err(config_error(name, "empty; expected keys and values"));

@@ -1,7 +1,7 @@
 //! The page around the charts.
 
 use super::chart::{self, Chart};
-use super::{Card, Report, Section, Tone, heat, interval};
+use super::{Card, Report, Section, Tone, heat, interval, scatter};
 use maud::{DOCTYPE, Markup, PreEscaped, html};
 use serde_json::Value;
 
@@ -86,6 +86,9 @@ fn render_section(section: &Section) -> Markup {
         }
         Section::HeatMap { heading, note, rows, columns, values } => {
             figure(heading, note, &heat::render(rows, columns, values))
+        }
+        Section::Scatter { heading, note, x_label, y_label, points } => {
+            figure(heading, note, &scatter::render(heading, x_label, y_label, points))
         }
         Section::Intervals { heading, note, unit, rows } => {
             figure(heading, note, &interval::render(heading, unit, rows))
