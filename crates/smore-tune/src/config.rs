@@ -20,9 +20,9 @@ mod train;
 mod yaml;
 
 pub(crate) use foreign::advice;
-pub(crate) use yaml::from_yaml;
 pub use source::{Columns, Format, SourceConfig, Tags, ValidationConfig};
 pub use train::{BalanceReduction, LrScheduler, RouterLr, SchedulerKwargs, TrainConfig};
+pub(crate) use yaml::from_yaml;
 
 /// One training run, as the user wrote it and with the defaults filled in.
 #[derive(Clone, Debug, PartialEq, Serialize)]

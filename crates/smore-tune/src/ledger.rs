@@ -39,9 +39,10 @@ impl<T: Serialize + DeserializeOwned + Clone> Ledger<T> {
             if std::fs::read_to_string(&name).map_err(failed(&name))? != own {
                 return Err(Error::Config {
                     file: name.display().to_string(),
-                    message: "the folder holds work with other settings; choose another folder, or \
+                    message:
+                        "the folder holds work with other settings; choose another folder, or \
                               remove this one"
-                        .into(),
+                            .into(),
                 });
             }
         } else {

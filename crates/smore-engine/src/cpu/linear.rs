@@ -238,6 +238,9 @@ fn dot_rows<T: Float, E: Copy>(
     );
 }
 
+/// Sums that a product is spread over.
+const LANES: usize = 16;
+
 /// The products of `R` rows with x; each sum has the same order whatever `R` is.
 #[inline(always)]
 fn dot_group<T: Float, E: Copy, const R: usize>(
@@ -245,22 +248,48 @@ fn dot_group<T: Float, E: Copy, const R: usize>(
     x: &[T],
     widen: impl Fn(E) -> T + Copy,
 ) -> [T; R] {
-    const LANES: usize = 16;
     let (x_chunks, x_rest) = x.as_chunks::<LANES>();
     let parts = rows.map(|row| row[..x.len()].as_chunks::<LANES>());
-    let mut lanes = [[T::ZERO; LANES]; R];
-    for (at, x) in x_chunks.iter().enumerate() {
-        for r in 0..R {
-            let row = &parts[r].0[at];
-            for i in 0..LANES {
-                lanes[r][i] += widen(row[i]) * x[i];
+    let lanes = match parts.first_chunk::<GROUP>() {
+        Some(four) => {
+            // Sums with names of their own stay in registers; an array of them, indexed by a loop,
+            // was kept in memory and added to one number at a time.
+            let [a, b, c, d] = four.map(|(chunks, _)| &chunks[..x_chunks.len()]);
+            let (mut la, mut lb, mut lc, mut ld) =
+                ([T::ZERO; LANES], [T::ZERO; LANES], [T::ZERO; LANES], [T::ZERO; LANES]);
+            for (at, x) in x_chunks.iter().enumerate() {
+                add_products(&mut la, &a[at], x, widen);
+                add_products(&mut lb, &b[at], x, widen);
+                add_products(&mut lc, &c[at], x, widen);
+                add_products(&mut ld, &d[at], x, widen);
             }
+            let four = [la, lb, lc, ld];
+            std::array::from_fn(|r| four[r])
         }
-    }
-    std::array::from_fn(|r| {
+        None => parts.map(|(chunks, _)| {
+            let mut lanes = [T::ZERO; LANES];
+            for (row, x) in chunks.iter().zip(x_chunks) {
+                add_products(&mut lanes, row, x, widen);
+            }
+            lanes
+        }),
+    };
+    std::array::from_fn(|r: usize| {
         let tail: T = parts[r].1.iter().zip(x_rest).map(|(&w, &x)| widen(w) * x).sum();
         lanes[r].iter().copied().sum::<T>() + tail
     })
+}
+
+#[inline(always)]
+fn add_products<T: Float, E: Copy>(
+    lanes: &mut [T; LANES],
+    row: &[E; LANES],
+    x: &[T; LANES],
+    widen: impl Fn(E) -> T,
+) {
+    for i in 0..LANES {
+        lanes[i] += widen(row[i]) * x[i];
+    }
 }
 
 #[inline(always)]

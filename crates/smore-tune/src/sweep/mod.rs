@@ -95,7 +95,10 @@ impl Sweep {
         let mut left_out = Vec::new();
         for candidate in &mut candidates {
             let adapters = Adapters::new(&candidate.config.adapter, &spec).map_err(|message| {
-                Error::Config { file: name.clone(), message: format!("{}: {message}", candidate.name) }
+                Error::Config {
+                    file: name.clone(),
+                    message: format!("{}: {message}", candidate.name),
+                }
             })?;
             candidate.parameters = adapters.len();
         }
@@ -144,9 +147,8 @@ impl Sweep {
         let mut alive: Vec<usize> = (0..self.candidates.len()).collect();
         for (rung, steps) in rungs.iter().enumerate() {
             let each = self.config.seeds.iter().map(|&seed| (rung, seed));
-            let all: Vec<(usize, usize, u64)> = each
-                .flat_map(|(rung, seed)| alive.iter().map(move |&c| (c, rung, seed)))
-                .collect();
+            let all: Vec<(usize, usize, u64)> =
+                each.flat_map(|(rung, seed)| alive.iter().map(move |&c| (c, rung, seed))).collect();
             let done = ledger.done();
             let is_done = |&(c, r, s): &(usize, usize, u64)| {
                 done.iter().any(|t| (t.candidate, t.rung, t.seed) == (c, r, s))
@@ -214,7 +216,8 @@ impl Sweep {
             Ok((outcome, _)) => {
                 let alarms = outcome.standing_alarms().len();
                 let (loss, seconds) = (outcome.eval_loss_after, outcome.seconds);
-                let error = loss.is_none().then(|| "nothing was held out to judge it by".to_owned());
+                let error =
+                    loss.is_none().then(|| "nothing was held out to judge it by".to_owned());
                 Ok(Trial { candidate, rung, seed, loss, error, alarms, seconds })
             }
             Err(error) => failed(error),

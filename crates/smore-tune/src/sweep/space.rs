@@ -155,9 +155,11 @@ impl SweepConfig {
             return Err("workers is 0; expected at least 1".into());
         }
         if (self.search == Search::Grid) == self.trials.is_some() || self.trials == Some(0) {
-            return Err("trials counts the draws of search random and halving; expected at least 1 \
+            return Err(
+                "trials counts the draws of search random and halving; expected at least 1 \
                         there, and none for grid"
-                .into());
+                    .into(),
+            );
         }
         if halving != self.halving.is_some() {
             return Err("halving: {min_steps: N} belongs to search: halving; expected both or \
@@ -174,7 +176,9 @@ impl SweepConfig {
         if let Some(Budget { parameters, tolerance }) = self.budget
             && (parameters == 0 || tolerance.is_some_and(|t| !(0.0..1.0).contains(&t)))
         {
-            return Err("budget needs parameters of at least 1 and a tolerance from 0 to below 1".into());
+            return Err(
+                "budget needs parameters of at least 1 and a tolerance from 0 to below 1".into()
+            );
         }
         for (key, values) in &self.parameters {
             match values {
@@ -233,7 +237,8 @@ impl SweepConfig {
             for values in self.parameters.values() {
                 let Values::List(list) = values else { continue };
                 let with = |before: &Vec<Value>| {
-                    let each = list.iter().map(|v| before.iter().cloned().chain([v.clone()]).collect());
+                    let each =
+                        list.iter().map(|v| before.iter().cloned().chain([v.clone()]).collect());
                     each.collect::<Vec<Vec<Value>>>()
                 };
                 all = all.iter().flat_map(with).collect();
@@ -279,7 +284,8 @@ pub(super) fn candidates(
     let candidate = |values: Vec<Value>| {
         let mut json = base.clone();
         for (key, value) in keys.iter().zip(&values) {
-            put(&mut json, key, value.clone()).map_err(|e| wrong(format!("parameters.{key}: {e}")))?;
+            put(&mut json, key, value.clone())
+                .map_err(|e| wrong(format!("parameters.{key}: {e}")))?;
         }
         let pairs = keys.iter().zip(&values);
         let text: Vec<String> = pairs.map(|(k, v)| format!("{}={v}", short(k))).collect();
@@ -331,7 +337,8 @@ mod tests {
 
     #[test]
     fn a_grid_is_every_value_with_every_other() {
-        let config = sweep("run: r\noutput_dir: o\nparameters: {a: [1, 2], b: [x, y, z]}\n").unwrap();
+        let config =
+            sweep("run: r\noutput_dir: o\nparameters: {a: [1, 2], b: [x, y, z]}\n").unwrap();
         let all = config.choices();
         assert_eq!(all.len(), 6);
         assert_eq!((&all[0], &all[5]), (&vec![json!(1), json!("x")], &vec![json!(2), json!("z")]));
@@ -347,7 +354,8 @@ mod tests {
         let spread = all.iter().filter(|v| v[1].as_f64().unwrap() < 3e-4).count();
         assert!((3..=9).contains(&spread), "evenly in the logarithm: {spread}");
         assert!(all.iter().all(|v| (2.0..=3.0).contains(&v[2].as_f64().unwrap())));
-        let few = sweep("run: r\noutput_dir: o\nsearch: random\ntrials: 9\nparameters: {a: [1, 2]}\n");
+        let few =
+            sweep("run: r\noutput_dir: o\nsearch: random\ntrials: 9\nparameters: {a: [1, 2]}\n");
         assert_eq!(few.unwrap().choices().len(), 2);
     }
 

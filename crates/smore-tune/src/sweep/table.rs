@@ -82,7 +82,9 @@ impl Table {
         let last = rungs.saturating_sub(1);
         let better = |a: &Row, b: &Row| {
             let no_worse = a.parameters <= b.parameters && a.loss <= b.loss;
-            a.rung == last && a.loss.is_some() && no_worse
+            a.rung == last
+                && a.loss.is_some()
+                && no_worse
                 && (a.parameters < b.parameters || a.loss < b.loss)
         };
         let front: Vec<bool> = rows
@@ -153,7 +155,8 @@ impl Table {
                 rows,
             },
         ];
-        let failed = self.rows.iter().filter_map(|r| Some(format!("{}: {}", r.name, r.error.as_ref()?)));
+        let failed =
+            self.rows.iter().filter_map(|r| Some(format!("{}: {}", r.name, r.error.as_ref()?)));
         let failed: Vec<String> = failed.collect();
         if !failed.is_empty() {
             sections.push(Section::Text { heading: "What failed".into(), paragraphs: failed });
