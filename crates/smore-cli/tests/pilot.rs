@@ -37,7 +37,7 @@ fn a_study_ends_with_a_page_and_goes_on_where_it_stopped() {
         }
     }
     let said = refused(dir.path(), &["reproduce", "pilot"]);
-    assert!(said.contains("another --output"), "{said}");
+    assert!(said.contains("choose another folder"), "{said}");
     let wrong = ["reproduce", "pilot", "--family", "pears"];
     let said = smore(dir.path(), &wrong).assert().code(2).get_output().stderr.clone();
     assert!(String::from_utf8(said).unwrap().contains("expected one of desk, pairs, branch"));

@@ -48,7 +48,7 @@ fn one_seed_gives_one_run_and_another_seed_another() {
     assert_eq!(losses(&a), losses(&b));
     assert!(adapter_bytes(&a) == adapter_bytes(&b));
     assert_ne!(losses(&a), losses(&c));
-    assert_eq!(losses(&a).len(), 6 + 3, "six steps, evaluations at 0, 3 and 6");
+    assert_eq!(losses(&a).len(), 6 + 3 + 1, "six steps, evaluations at 0, 3 and 6, the routers");
     for file in ["config.yaml", "report.html", "checkpoint-3/adapter_config.json"] {
         assert!(a.join(file).is_file(), "{file}");
     }
