@@ -52,8 +52,7 @@ fn write_pages(out: &Path) -> Result<Vec<PathBuf>> {
         format!("{{\"instruction\": \"Why does belt {i} stop?\", \"output\": \"it is worn\"}}\n")
     };
     fs::write(out.join("other.jsonl"), (0..60).map(other).collect::<String>())?;
-    let text: String = (0..18).map(|i| format!("Order {i} of the press. ")).collect();
-    fs::write(out.join("text.txt"), text)?;
+    fs::write(out.join("text.txt"), "Order 7 of the press. ".repeat(18))?;
     let smore = "{kind: smore, targets: [gate_proj, up_proj, down_proj], layers: [{experts: 4, \
                  fanout: 2, rank: 2}, {experts: 4, fanout: 2, rank: 2}], gate: {balance_weight: \
                  0.01, router_width: 8, router_input_width: 8}}";

@@ -23,7 +23,8 @@ pub(crate) struct Args {
 pub(crate) fn run(args: &Args) -> Result<()> {
     let sweep = Sweep::load(&args.file)?;
     if args.list {
-        return list(&sweep, args.json);
+        list(&sweep, args.json);
+        return Ok(());
     }
     let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let style = ProgressStyle::with_template("{bar:28.cyan/dim} {pos}/{len} trials  {eta} left");
@@ -81,12 +82,12 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-fn list(sweep: &Sweep, json: bool) -> Result<()> {
-    let (candidates, left_out) = sweep.candidates();
+fn list(sweep: &Sweep, json: bool) {
+    let (candidates, left_out): (Vec<_>, _) = (sweep.candidates().collect(), sweep.left_out());
     if json {
         let out = serde_json::json!({"candidates": candidates, "left_out": left_out});
         println!("{out}");
-        return Ok(());
+        return;
     }
     let rows: Vec<Vec<String>> =
         candidates.iter().map(|(name, n)| vec![(*name).to_owned(), count(*n)]).collect();
@@ -94,5 +95,4 @@ fn list(sweep: &Sweep, json: bool) -> Result<()> {
     for (name, why) in left_out {
         println!("  left out: {name}: {why}");
     }
-    Ok(())
 }

@@ -261,7 +261,9 @@ pub fn evenness_map(heading: &str, usage: &[LayerUsage]) -> Section {
 fn pace(runs: &[(&str, &[Metric])]) -> Vec<Section> {
     let curve = |heading: &str, unit: &str, points: fn(&[&StepMetric]) -> Vec<(f64, f64)>| {
         let series = runs.iter().map(|(name, metrics)| {
-            let step = |m| if let &Metric::Step(ref m) = m { Some(m) } else { None };
+            fn step(metric: &Metric) -> Option<&StepMetric> {
+                if let Metric::Step(m) = metric { Some(m) } else { None }
+            }
             let steps: Vec<&StepMetric> = metrics.iter().filter_map(step).collect();
             Series { name: (*name).to_owned(), points: points(&steps) }
         });

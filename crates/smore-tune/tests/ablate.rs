@@ -32,7 +32,9 @@ fn the_expert_that_carries_a_fact_is_ranked_first() {
     let folder = ModelFolder::open(&base("qwen2")).unwrap();
     let LoadedAdapter { adapters, mut values, .. } = adapter(&folder, SECTION);
     // All experts do a little everywhere, ..
-    values.iter_mut().for_each(|v| *v *= 0.2);
+    for value in &mut values {
+        *value *= 0.2;
+    }
     let plain = model(&values);
     let before = likeliest(&plain);
     let place = adapters.slots.last().unwrap();

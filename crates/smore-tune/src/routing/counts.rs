@@ -322,9 +322,9 @@ mod tests {
             (Distinct::default(), Distinct::default(), Distinct::default());
         for i in 0..3000 {
             if i % 3 == 0 {
-                a.see(mixed(i))
+                a.see(mixed(i));
             } else {
-                b.see(mixed(i))
+                b.see(mixed(i));
             }
             both.see(mixed(i));
         }

@@ -8,7 +8,7 @@
 //! (Westfall and Young 1993), so the share of false alarms is the one that is asked for however many
 //! places there are.
 
-use super::counts::Counts;
+use super::counts::{Counts, LayerCounts};
 use super::table::Window;
 use crate::error::{Error, Result};
 use rand::seq::index;
@@ -176,10 +176,14 @@ impl Reference {
         let pool: Vec<&Sampled> = new.iter().copied().chain(&self.samples).collect();
         let width = self.samples[0].counts.len();
         let mut all = vec![0.0; width];
-        pool.iter().for_each(|s| add(&mut all, &s.counts));
+        for sample in &pool {
+            add(&mut all, &sample.counts);
+        }
         let divergences = |chosen: &[usize]| {
             let mut own = vec![0.0; width];
-            chosen.iter().for_each(|&i| add(&mut own, &pool[i].counts));
+            for &i in chosen {
+                add(&mut own, &pool[i].counts);
+            }
             let rest: Vec<f64> = all.iter().zip(&own).map(|(a, b)| a - b).collect();
             let layers = self.layers.iter();
             layers
@@ -224,9 +228,13 @@ impl Reference {
         let chance =
             |score: f64| (1 + largest.iter().filter(|&&x| x >= score - 1e-9).count()) as f64 / n;
         let mut reference = vec![0.0; width];
-        self.samples.iter().for_each(|s| add(&mut reference, &s.counts));
+        for sample in &self.samples {
+            add(&mut reference, &sample.counts);
+        }
         let mut now = vec![0.0; width];
-        new.iter().for_each(|s| add(&mut now, &s.counts));
+        for sample in &new {
+            add(&mut now, &sample.counts);
+        }
         let layer = |(l, (place, layer, at, n)): (usize, &(String, usize, usize, usize))| {
             let shares = [&reference, &now].map(|all| shares(&all[*at..at + n]));
             LayerDrift {
@@ -256,7 +264,7 @@ impl Sampled {
     /// The counts of one sample.
     pub fn new(counts: &Counts) -> Self {
         let layers = counts.routed().flat_map(|(_, place)| &place.layers);
-        let load = layers.flat_map(|layer| layer.load());
+        let load = layers.flat_map(LayerCounts::load);
         Self { tokens: counts.tokens(), counts: load.map(|n| n as f64).collect() }
     }
 

@@ -112,7 +112,7 @@ pub fn write(path: &Path, windows: &[Window]) -> Result<()> {
     let mut group = writer.next_row_group().map_err(failed)?;
     let mut number = 0;
     while let Some(mut column) = group.next_column().map_err(failed)? {
-        fill(&mut column.untyped(), number, windows).map_err(failed)?;
+        fill(column.untyped(), number, windows).map_err(failed)?;
         column.close().map_err(failed)?;
         number += 1;
     }
@@ -184,7 +184,7 @@ fn fill(
     Ok(())
 }
 
-/// Reads what [`write`] wrote.
+/// Reads what [`write()`] wrote.
 ///
 /// # Errors
 /// If the file is missing, cut off, or of another kind.

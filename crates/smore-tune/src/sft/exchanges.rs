@@ -31,7 +31,7 @@ fn parts(sample: &Sample) -> (&[u32], &[u32]) {
 }
 
 /// The samples that are shown: the first few of the held-out ones that leave room for an answer.
-pub(super) fn shown<'a>(samples: &'a [Sample], count: usize, context: usize) -> Vec<&'a Sample> {
+pub(super) fn shown(samples: &[Sample], count: usize, context: usize) -> Vec<&Sample> {
     let fits = |s: &&Sample| s.len() > 1 && parts(s).0.len() < context;
     samples.iter().filter(fits).take(count).collect()
 }

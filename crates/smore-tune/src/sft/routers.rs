@@ -159,7 +159,8 @@ impl Routers {
             written.map_err(|source| Error::Io { path, source })?;
             self.traces.clear();
         }
-        let free = (0..).map(name).find(|path| !path.exists()).unwrap_or_else(|| name(0));
+        let free =
+            (0..=usize::MAX).map(name).find(|path| !path.exists()).unwrap_or_else(|| name(0));
         write_file(&free, |fresh| write_table(fresh, &self.closed))?;
         self.closed.clear();
         self.rows = 0;

@@ -119,10 +119,14 @@ impl Sweep {
         Ok(Self { config, base, candidates, left_out })
     }
 
-    /// Names and trained parameters of the candidates, and what is left out and why.
-    pub fn candidates(&self) -> (Vec<(&str, usize)>, &[(String, String)]) {
-        let all = self.candidates.iter().map(|c| (c.name.as_str(), c.parameters)).collect();
-        (all, &self.left_out)
+    /// Names and trained parameters of the candidates.
+    pub fn candidates(&self) -> impl Iterator<Item = (&str, usize)> {
+        self.candidates.iter().map(|c| (c.name.as_str(), c.parameters))
+    }
+
+    /// Candidates beyond the budget, and why.
+    pub fn left_out(&self) -> &[(String, String)] {
+        &self.left_out
     }
 
     /// Where everything is written.

@@ -107,7 +107,7 @@ fn a_fork_bomb_ends_without_the_systems_limit() {
         .run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass")
         .unwrap();
     assert!(matches!(outcome, Outcome::Stopped(_)), "{outcome:?}");
-    assert!(start.elapsed() < Duration::from_secs(60), "ran {:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_mins(1), "ran {:?}", start.elapsed());
 }
 
 /// Nothing of a stopped program is left.
