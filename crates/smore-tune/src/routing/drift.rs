@@ -115,21 +115,6 @@ impl Reference {
         (1.0 / ways).max(1.0 / (DRAWS + 1) as f64)
     }
 
-    /// Samples it holds.
-    pub fn len(&self) -> usize {
-        self.samples.len()
-    }
-
-    /// True where it holds none.
-    pub fn is_empty(&self) -> bool {
-        self.samples.is_empty()
-    }
-
-    /// The samples.
-    pub fn samples(&self) -> &[Sampled] {
-        &self.samples
-    }
-
     /// Whether counts are of the same places.
     pub fn fits(&self, sample: &Sampled) -> bool {
         self.layers.last().is_some_and(|(_, _, at, experts)| at + experts == sample.counts.len())
