@@ -1,6 +1,7 @@
 //! y = x W^T over a frozen or trained W, and dx = dy W.
 
 use super::Cpu;
+use super::few;
 use super::gemm::{Strided, StridedMut, gemm};
 #[cfg(target_arch = "x86_64")]
 use super::packed;
@@ -11,8 +12,6 @@ use rayon::prelude::*;
 /// Rows of W that are widened at a time. Every product packs x anew, so that few rows cost more
 /// than the memory for many (docs/performance.md).
 const PANEL_ROWS: usize = 1024;
-/// Up to this many tokens, reading W once by dot products beats a packed product.
-const FEW_TOKENS: usize = 4;
 
 pub(super) fn forward<T: Float>(
     x: &[T],
@@ -23,8 +22,8 @@ pub(super) fn forward<T: Float>(
 ) {
     let (d_out, d_in) = shape(w);
     assert_eq!((x.len(), y.len()), (n * d_in, n * d_out), "linear shapes");
-    if n <= FEW_TOKENS {
-        return few_tokens(x, w, y, n, accumulate);
+    if n <= few::FEW_TOKENS {
+        return few::forward(x, w, y, n, accumulate);
     }
     #[cfg(target_arch = "x86_64")]
     if let Some((x, w, y)) = packed_operands(x, w, y) {
@@ -124,183 +123,15 @@ pub(super) fn widen<T: Float>(w: &HostMatrix, first: usize, out: &mut [T]) {
     });
 }
 
-/// Decoding: every row of W is read once, widened in registers, and meets all tokens while it is in
-/// cache.
-fn few_tokens<T: Float>(x: &[T], w: &MatrixRef<Cpu<T>>, y: &mut [T], n: usize, accumulate: bool) {
-    const ROWS: usize = 32;
-    let (d_out, d_in) = shape(w);
-    // Outputs from `first` on, [rows, n].
-    let products = |first: usize, out: &mut [T]| {
-        let rows = out.len() / n;
-        match w {
-            MatrixRef::Trained(view, ..) => {
-                let w = &Cpu::slice(*view)[first * d_in..(first + rows) * d_in];
-                dot_rows(w, x, d_in, out, |w| w);
-            }
-            MatrixRef::Frozen(host) => dot_stored(host, first, x, out),
-        }
-    };
-    if n == 1 {
-        y.par_chunks_mut(ROWS).enumerate().for_each(|(i, y)| {
-            let mut sums = [T::ZERO; ROWS];
-            let sums = &mut sums[..y.len()];
-            products(i * ROWS, sums);
-            for (y, &sum) in y.iter_mut().zip(sums.iter()) {
-                *y = if accumulate { *y + sum } else { sum };
-            }
-        });
-        return;
-    }
-    // [d_out, n]: each task owns consecutive outputs of all tokens.
-    let mut transposed = vec![T::ZERO; d_out * n];
-    let tasks = transposed.par_chunks_mut(ROWS * n).enumerate();
-    tasks.for_each(|(i, out)| products(i * ROWS, out));
-    for (o, column) in transposed.chunks_exact(n).enumerate() {
-        for (i, &value) in column.iter().enumerate() {
-            let y = &mut y[i * d_out + o];
-            *y = if accumulate { *y + value } else { value };
-        }
-    }
-}
-
-/// The products of one token with the rows of `w [.., d_in]` named by `rows`.
-///
-/// # Shapes
-/// x `[d_in]`, out as long as `rows`
-pub fn chosen_rows<T: Float>(w: &[T], rows: &[usize], x: &[T], out: &mut [T]) {
-    /// Rows of a task: a router reads 16, and two threads are to share them.
-    const ROWS: usize = 8;
-    assert_eq!(rows.len(), out.len(), "rows and their products");
-    let d_in = x.len();
-    out.par_chunks_mut(ROWS).zip(rows.par_chunks(ROWS)).for_each(|(out, rows)| {
-        let row = |r: usize| &w[r * d_in..(r + 1) * d_in];
-        simd(|| {
-            let (fours, rest) = rows.as_chunks::<GROUP>();
-            let (out_fours, out_rest) = out.as_chunks_mut::<GROUP>();
-            for (rows, out) in fours.iter().zip(out_fours) {
-                *out = dot_group(rows.map(row), x, |w| w);
-            }
-            for (&r, out) in rest.iter().zip(out_rest) {
-                [*out] = dot_group([row(r)], x, |w| w);
-            }
-        });
-    });
-}
-
-/// [`dot_rows`] over the rows of `w` from `first` on.
-fn dot_stored<T: Float>(w: &HostMatrix, first: usize, x: &[T], out: &mut [T]) {
-    let d_in = w.cols;
-    let bytes = w.row_bytes(first, out.len() * d_in / x.len());
-    match w.dtype {
-        Dtype::F32 => {
-            let widen = |b| T::from_f32(f32::from_le_bytes(b));
-            dot_rows(bytes.as_chunks::<4>().0, x, d_in, out, widen);
-        }
-        Dtype::Bf16 => dot_rows(bytes.as_chunks::<2>().0, x, d_in, out, |b| T::from_f32(bf16(b))),
-        Dtype::F16 => dot_rows(bytes.as_chunks::<2>().0, x, d_in, out, |b| T::from_f32(f16(b))),
-    }
-}
-
-/// Rows that go together: as many streams from memory keep more of it busy than one, and each
-/// piece of x is loaded once for all.
-const GROUP: usize = 4;
-
-/// The products of every row of `w [rows, d_in]` with every token of `x [n, d_in]`:
-/// `out [rows, n]`.
-fn dot_rows<T: Float, E: Copy>(
-    w: &[E],
-    x: &[T],
-    d_in: usize,
-    out: &mut [T],
-    widen: impl Fn(E) -> T + Copy,
-) {
-    let n = x.len() / d_in;
-    simd(
-        #[inline(always)]
-        || {
-            let groups = w.chunks(GROUP * d_in).zip(out.chunks_mut(GROUP * n));
-            for (rows, out) in groups {
-                for (i, x) in x.chunks_exact(d_in).enumerate() {
-                    if rows.len() == GROUP * d_in {
-                        let four = std::array::from_fn(|r| &rows[r * d_in..(r + 1) * d_in]);
-                        let sums: [T; GROUP] = dot_group(four, x, widen);
-                        for (r, sum) in sums.into_iter().enumerate() {
-                            out[r * n + i] = sum;
-                        }
-                    } else {
-                        for (r, row) in rows.chunks_exact(d_in).enumerate() {
-                            [out[r * n + i]] = dot_group([row], x, widen);
-                        }
-                    }
-                }
-            }
-        },
-    );
-}
-
-/// Sums that a product is spread over.
-const LANES: usize = 16;
-
-/// The products of `R` rows with x; each sum has the same order whatever `R` is.
 #[inline(always)]
-fn dot_group<T: Float, E: Copy, const R: usize>(
-    rows: [&[E]; R],
-    x: &[T],
-    widen: impl Fn(E) -> T + Copy,
-) -> [T; R] {
-    let (x_chunks, x_rest) = x.as_chunks::<LANES>();
-    let parts = rows.map(|row| row[..x.len()].as_chunks::<LANES>());
-    let lanes = match parts.first_chunk::<GROUP>() {
-        Some(four) => {
-            // Sums with names of their own stay in registers; an array of them, indexed by a loop,
-            // was kept in memory and added to one number at a time.
-            let [a, b, c, d] = four.map(|(chunks, _)| &chunks[..x_chunks.len()]);
-            let (mut la, mut lb, mut lc, mut ld) =
-                ([T::ZERO; LANES], [T::ZERO; LANES], [T::ZERO; LANES], [T::ZERO; LANES]);
-            for (at, x) in x_chunks.iter().enumerate() {
-                add_products(&mut la, &a[at], x, widen);
-                add_products(&mut lb, &b[at], x, widen);
-                add_products(&mut lc, &c[at], x, widen);
-                add_products(&mut ld, &d[at], x, widen);
-            }
-            let four = [la, lb, lc, ld];
-            std::array::from_fn(|r| four[r])
-        }
-        None => parts.map(|(chunks, _)| {
-            let mut lanes = [T::ZERO; LANES];
-            for (row, x) in chunks.iter().zip(x_chunks) {
-                add_products(&mut lanes, row, x, widen);
-            }
-            lanes
-        }),
-    };
-    std::array::from_fn(|r: usize| {
-        let tail: T = parts[r].1.iter().zip(x_rest).map(|(&w, &x)| widen(w) * x).sum();
-        lanes[r].iter().copied().sum::<T>() + tail
-    })
-}
-
-#[inline(always)]
-fn add_products<T: Float, E: Copy>(
-    lanes: &mut [T; LANES],
-    row: &[E; LANES],
-    x: &[T; LANES],
-    widen: impl Fn(E) -> T,
-) {
-    for i in 0..LANES {
-        lanes[i] += widen(row[i]) * x[i];
-    }
-}
-
-#[inline(always)]
-fn bf16(bytes: [u8; 2]) -> f32 {
+pub(super) fn bf16(bytes: [u8; 2]) -> f32 {
     f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
 }
 
 /// Without branches, so that loops over it become vector code: the bits stand 112 exponents too low,
 /// and a product puts normal and subnormal values right alike.
 #[inline(always)]
-fn f16(bytes: [u8; 2]) -> f32 {
+pub(super) fn f16(bytes: [u8; 2]) -> f32 {
     let half = u32::from(u16::from_le_bytes(bytes));
     let magnitude = f32::from_bits((half & 0x7fff) << 13) * f32::from_bits((112 + 127) << 23);
     let special = if half & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
@@ -354,7 +185,7 @@ mod tests {
         assert!(all == run(3));
         let rows: Vec<usize> = (0..d_out).step_by(3).chain([7, 5]).collect();
         let mut some = vec![0f32; rows.len()];
-        chosen_rows(&w, &rows, &x, &mut some);
+        few::chosen_rows(&w, &rows, &x, &mut some);
         assert!(rows.iter().zip(&some).all(|(&r, &y)| y == all[r]));
     }
 

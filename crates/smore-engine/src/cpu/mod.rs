@@ -4,9 +4,12 @@
 //! the shapes alone, and every sum has a fixed order.
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+mod dots;
 mod dropout;
 mod elementwise;
 mod embedding;
+mod few;
 mod gated;
 mod gemm;
 mod linear;
@@ -19,8 +22,8 @@ mod rotary;
 mod rows;
 mod simd;
 
+pub use few::chosen_rows;
 pub use gemm::{Strided, StridedMut, gemm};
-pub use linear::chosen_rows;
 pub use simd::{dot, simd};
 
 use crate::{

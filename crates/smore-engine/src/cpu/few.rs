@@ -1,0 +1,158 @@
+//! Products with few tokens, as in decoding: every row of W is read once, widened in registers, and
+//! meets all tokens there.
+
+use super::Cpu;
+#[cfg(target_arch = "x86_64")]
+use super::dots;
+use super::linear::{bf16, f16, shape};
+use super::simd::simd;
+use crate::{Dtype, Float, MatrixRef};
+use rayon::prelude::*;
+
+/// Up to this many tokens, reading W once by dot products beats a packed product.
+pub(super) const FEW_TOKENS: usize = 4;
+/// Rows that go together: as many streams from memory keep more of it busy than one, and each
+/// piece of x is loaded once for all.
+const GROUP: usize = 4;
+
+/// y = x W^T, + y where `accumulate`, for up to [`FEW_TOKENS`] tokens.
+pub(super) fn forward<T: Float>(
+    x: &[T],
+    w: &MatrixRef<Cpu<T>>,
+    y: &mut [T],
+    n: usize,
+    accumulate: bool,
+) {
+    const ROWS: usize = 32;
+    let (d_out, d_in) = shape(w);
+    // Outputs from `first` on, [rows, n].
+    let products = |first: usize, out: &mut [T]| {
+        let rows = out.len() / n;
+        let (bytes, stored) = match w {
+            MatrixRef::Trained(view, ..) => {
+                own(&Cpu::slice(*view)[first * d_in..(first + rows) * d_in])
+            }
+            MatrixRef::Frozen(host) => (host.row_bytes(first, rows), Stored::As(host.dtype)),
+        };
+        let width = bytes.len() / rows;
+        let row = |r: usize| &bytes[r * width..(r + 1) * width];
+        let (fours, rest) = out.split_at_mut(rows / GROUP * GROUP * n);
+        for (i, out) in fours.chunks_exact_mut(GROUP * n).enumerate() {
+            group([0, 1, 2, 3].map(|r| row(i * GROUP + r)), stored, x, d_in, out);
+        }
+        for (i, out) in rest.chunks_exact_mut(n).enumerate() {
+            group([row(rows / GROUP * GROUP + i)], stored, x, d_in, out);
+        }
+    };
+    if n == 1 {
+        y.par_chunks_mut(ROWS).enumerate().for_each(|(i, y)| {
+            let mut sums = [T::ZERO; ROWS];
+            let sums = &mut sums[..y.len()];
+            products(i * ROWS, sums);
+            for (y, &sum) in y.iter_mut().zip(sums.iter()) {
+                *y = if accumulate { *y + sum } else { sum };
+            }
+        });
+        return;
+    }
+    // [d_out, n]: each task owns consecutive outputs of all tokens.
+    let mut transposed = vec![T::ZERO; d_out * n];
+    let tasks = transposed.par_chunks_mut(ROWS * n).enumerate();
+    tasks.for_each(|(i, out)| products(i * ROWS, out));
+    for (o, column) in transposed.chunks_exact(n).enumerate() {
+        for (i, &value) in column.iter().enumerate() {
+            let y = &mut y[i * d_out + o];
+            *y = if accumulate { *y + value } else { value };
+        }
+    }
+}
+
+/// The products of one token with the rows of `w [.., d_in]` named by `rows`.
+///
+/// # Shapes
+/// x `[d_in]`, out as long as `rows`
+pub fn chosen_rows<T: Float>(w: &[T], rows: &[usize], x: &[T], out: &mut [T]) {
+    /// Rows of a task: the 16 that a router reads are done sooner than a second thread wakes.
+    const ROWS: usize = 32;
+    assert_eq!(rows.len(), out.len(), "rows and their products");
+    let d_in = x.len();
+    out.par_chunks_mut(ROWS).zip(rows.par_chunks(ROWS)).for_each(|(out, rows)| {
+        let row = |r: usize| own(&w[r * d_in..(r + 1) * d_in]);
+        let (fours, rest) = rows.as_chunks::<GROUP>();
+        let (out_fours, out_rest) = out.as_chunks_mut::<GROUP>();
+        for (rows, out) in fours.iter().zip(out_fours) {
+            group(rows.map(|r| row(r).0), row(0).1, x, d_in, out);
+        }
+        for (&r, out) in rest.iter().zip(out_rest) {
+            let (row, stored) = row(r);
+            group([row], stored, x, d_in, std::slice::from_mut(out));
+        }
+    });
+}
+
+/// How rows lie in memory.
+#[derive(Clone, Copy)]
+enum Stored {
+    /// As the numbers that are computed in.
+    Own,
+    /// As a file has them.
+    As(Dtype),
+}
+
+fn own<T: Float>(w: &[T]) -> (&[u8], Stored) {
+    let single = size_of::<T>() == size_of::<f32>();
+    (bytemuck::cast_slice(w), if single { Stored::As(Dtype::F32) } else { Stored::Own })
+}
+
+/// The products of `R` rows with every token of `x [n, d_in]`: `out [R, n]`. Each sum has the same
+/// order whatever `R` and n are.
+fn group<T: Float, const R: usize>(
+    rows: [&[u8]; R],
+    stored: Stored,
+    x: &[T],
+    d_in: usize,
+    out: &mut [T],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if let (Stored::As(dtype), true) = (stored, size_of::<T>() == size_of::<f32>()) {
+        let (x, out) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(out));
+        if dots::group(rows, dtype, x, d_in, out) {
+            return;
+        }
+    }
+    let n = x.len() / d_in;
+    for (row, out) in rows.into_iter().zip(out.chunks_exact_mut(n)) {
+        simd(|| {
+            for (x, out) in x.chunks_exact(d_in).zip(out) {
+                *out = match stored {
+                    Stored::Own => dot(bytemuck::cast_slice(row), x, |w| w),
+                    Stored::As(Dtype::F32) => {
+                        dot(row.as_chunks::<4>().0, x, |b| T::from_f32(f32::from_le_bytes(b)))
+                    }
+                    Stored::As(Dtype::Bf16) => {
+                        dot(row.as_chunks::<2>().0, x, |b| T::from_f32(bf16(b)))
+                    }
+                    Stored::As(Dtype::F16) => {
+                        dot(row.as_chunks::<2>().0, x, |b| T::from_f32(f16(b)))
+                    }
+                };
+            }
+        });
+    }
+}
+
+/// Sum of the products of a row with x.
+#[inline(always)]
+fn dot<T: Float, E: Copy>(row: &[E], x: &[T], widen: impl Fn(E) -> T) -> T {
+    const LANES: usize = 16;
+    let mut lanes = [T::ZERO; LANES];
+    let (rows, row_rest) = row[..x.len()].as_chunks::<LANES>();
+    let (xs, x_rest) = x.as_chunks::<LANES>();
+    for (row, x) in rows.iter().zip(xs) {
+        for i in 0..LANES {
+            lanes[i] += widen(row[i]) * x[i];
+        }
+    }
+    let rest: T = row_rest.iter().zip(x_rest).map(|(&w, &x)| widen(w) * x).sum();
+    lanes.iter().copied().sum::<T>() + rest
+}
