@@ -7,6 +7,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr)]
 
 mod case;
+mod planned;
 mod random;
 mod suite;
 mod work;
@@ -29,6 +30,9 @@ pub(crate) struct Args {
     /// transformers and peft (`bench/peer/requirements.txt`)
     #[arg(long)]
     peer: Option<String>,
+    /// Hold `smore plan` against training steps, and nothing else
+    #[arg(long)]
+    plan: bool,
     /// Do the work that comes in on the standard input
     #[arg(long, hide = true)]
     worker: bool,
@@ -36,5 +40,15 @@ pub(crate) struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    if args.worker { work::serve() } else { suite::run(&args) }
+    if args.worker {
+        return work::serve();
+    }
+    if args.plan {
+        let ratios = planned::compare()?;
+        if args.json {
+            println!("{}", serde_json::json!({ "planned_to_measured": ratios }));
+        }
+        return Ok(());
+    }
+    suite::run(&args)
 }

@@ -8,8 +8,14 @@ use super::simd::simd;
 use crate::{CrossEntropy, Float, MatrixRef};
 use rayon::prelude::*;
 
-/// Logits held at once: 16 MiB in f32.
+/// Logits held at once where the rows allow it: 16 MiB in f32.
 const LOGITS: usize = 1 << 22;
+
+/// Rows whose logits are held at once. A head is packed anew for every one of these pieces, so a
+/// large one is given more than [`LOGITS`].
+pub fn logit_rows(vocabulary: usize) -> usize {
+    (LOGITS / vocabulary).clamp(128, 1024)
+}
 
 pub(super) fn cross_entropy<T: Float>(
     h: &[T],
@@ -20,7 +26,7 @@ pub(super) fn cross_entropy<T: Float>(
     mut dhead: Option<&mut [T]>,
 ) -> Vec<f64> {
     let (vocabulary, d) = linear::shape(head);
-    let rows = (LOGITS / vocabulary).clamp(16, 1024);
+    let rows = logit_rows(vocabulary);
     let mut losses = Vec::with_capacity(targets.len());
     for chunk in targets.chunks(rows) {
         let n = chunk.len();

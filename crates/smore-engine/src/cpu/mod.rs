@@ -24,6 +24,7 @@ mod simd;
 
 pub use few::chosen_rows;
 pub use gemm::{Strided, StridedMut, gemm};
+pub use loss::logit_rows;
 pub use simd::{dot, simd};
 
 use crate::{

@@ -3,7 +3,10 @@
 use super::spec::DecoderSpec;
 use crate::error::{Error, Result, nearest};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::SafeTensors;
+use rand::Rng;
+use smore::rng::{Purpose, stream};
 use smore_engine::{Dtype, HostMatrix};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -67,6 +70,20 @@ impl ModelFolder {
             });
         }
         Ok(Self { path: path.to_owned(), spec, tensors, maps })
+    }
+
+    /// A model of this shape whose weights are drawn at random in memory: for measuring where there
+    /// are no files. Vectors are ones.
+    pub fn drawn(spec: DecoderSpec, bf16: bool) -> Self {
+        let draw = |(name, shape): (String, Vec<usize>)| {
+            let tensor = match shape[..] {
+                [rows, cols] => random_matrix(rows, cols, bf16, &name),
+                _ => HostMatrix::from_f32(1, shape[0], &vec![1.0; shape[0]]),
+            };
+            (name, tensor)
+        };
+        let tensors = spec.tensors().into_iter().map(draw).collect();
+        Self { path: PathBuf::new(), spec, tensors, maps: Vec::new() }
     }
 
     /// The same model with every tensor rounded to bf16 and kept in memory. What was read of the
@@ -150,6 +167,28 @@ fn read_header(file: &Path, found: &mut BTreeMap<String, Found>) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Values of both signs around 1 / sqrt(cols).
+fn random_matrix(rows: usize, cols: usize, bf16: bool, name: &str) -> HostMatrix {
+    const PIECE: usize = 1 << 16;
+    let dtype = if bf16 { Dtype::Bf16 } else { Dtype::F32 };
+    let exponent = 127 - u64::from(cols.ilog2() / 2);
+    // A sign, the exponent, and a fraction of any bits, in every half or quarter of eight bytes.
+    let (mask, fixed) = if bf16 {
+        (0x807f_807f_807f_807f, exponent << 7 | exponent << 23 | exponent << 39 | exponent << 55)
+    } else {
+        (0x807f_ffff_807f_ffff, exponent << 23 | exponent << 55)
+    };
+    let mut bytes = vec![0u8; rows * cols * dtype.bytes()];
+    bytes.par_chunks_mut(PIECE).enumerate().for_each(|(i, piece)| {
+        let mut rng = stream(name.len() as u64, Purpose::BaseInit, i as u64, rows as u64);
+        for word in piece.chunks_mut(8) {
+            let drawn = rng.next_u64() & mask | fixed;
+            word.copy_from_slice(&drawn.to_le_bytes()[..word.len()]);
+        }
+    });
+    HostMatrix::new(rows, cols, dtype, Arc::new(bytes), 0)
 }
 
 fn missing(folder: &Path, name: &str, found: &BTreeMap<String, Found>) -> Error {

@@ -4,10 +4,12 @@ mod compute;
 mod demand;
 pub mod models;
 mod structure;
+mod time;
 
 pub use compute::{Flops, flops};
 pub use demand::Demand;
 pub use structure::Structure;
+pub use time::{Pace, Work};
 
 use crate::checkpoint::adapter_file_bytes;
 use crate::config::AdapterConfig;
