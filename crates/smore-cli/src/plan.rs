@@ -1,14 +1,21 @@
 //! `smore plan MODEL ADAPTER_OR_CONFIG`
 
-use crate::table::{self, bytes, count};
+mod view;
+
+use crate::table::count;
 use anyhow::Result;
 use serde_json::json;
+use smore::config::SmoreConfig;
 use smore_tune::checkpoint::read_settings;
 use smore_tune::config::{AdapterConfig, AdapterSection, RunConfig};
 use smore_tune::error::Error;
 use smore_tune::model::spec::DecoderSpec;
-use smore_tune::plan::{Cost, Setting, loras, models};
+use smore_tune::plan::{
+    Amount, Budget, Cost, Pace, Setting, Timing, Work, loras, models, search,
+};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+use view::{MANY, View};
 
 /// Tokens of a forward pass where neither the command line nor a recipe says.
 const TOKENS: usize = 2048;
@@ -25,6 +32,18 @@ pub(crate) struct Args {
     /// into one at most, else 2048
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     tokens: Option<u32>,
+    /// Time it on this machine, for about ten seconds, longer for large models: an epoch of the
+    /// run's data, or a million tokens
+    #[arg(long)]
+    time: bool,
+    /// Also search S'MoRE adapters on the same targets that take at most so many parameters (20M),
+    /// so much memory (8GiB) or so much time for an epoch (30min), and list those that no other
+    /// beats
+    #[arg(long, value_name = "AMOUNT")]
+    budget: Option<Budget>,
+    /// Write a self-contained page
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Print one JSON object on standard output instead of tables
     #[arg(long)]
     json: bool,
@@ -32,7 +51,8 @@ pub(crate) struct Args {
 
 pub(crate) fn run(args: &Args) -> Result<()> {
     let spec = read_model(&args.model)?;
-    let Subject { config, router_widths, setting } = Subject::read(args, &spec)?;
+    let subject = Subject::read(args, &spec)?;
+    let Subject { config, router_widths, setting, .. } = &subject;
     let name = args.adapter.display().to_string();
     let wrong = |message: String| Error::Config { file: name.clone(), message };
     let own = match config.kind() {
@@ -43,79 +63,83 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         _ => "the base itself",
     };
     let widths = router_widths.as_deref();
-    let mut costs = vec![Cost::of(own.to_owned(), &config, widths, &spec, setting).map_err(wrong)?];
-    for (name, lora) in loras(&config, costs[0].parameters, &spec).map_err(wrong)? {
-        costs.push(Cost::of(name, &lora, None, &spec, setting).map_err(wrong)?);
+    let mut costs =
+        vec![Cost::of(own.to_owned(), config, widths, &spec, *setting).map_err(wrong)?];
+    let loras = loras(config, costs[0].parameters, &spec).map_err(wrong)?;
+    for (name, lora) in &loras {
+        costs.push(Cost::of(name.clone(), lora, None, &spec, *setting).map_err(wrong)?);
     }
+    let timed = args.time || matches!(args.budget, Some(Budget::Time(_)));
+    let amount = if timed { subject.amount()? } else { None };
+    let mut paces = vec![None; costs.len()];
+    if timed {
+        let configs = std::iter::once(config).chain(loras.iter().map(|(_, lora)| lora));
+        // The adapter itself is what matters most.
+        let budgets = [5, 3, 2].map(Duration::from_secs);
+        for (i, (pace, config)) in paces.iter_mut().zip(configs).enumerate() {
+            if !args.json {
+                eprintln!("timing {} on this machine", costs[i].name);
+            }
+            let widths = if i == 0 { widths } else { None };
+            let work = subject.work(&spec, config, widths, amount);
+            *pace = Pace::measure(work, budgets[i]).map_err(wrong)?;
+        }
+    }
+    let found = match args.budget {
+        Some(budget) => {
+            let timing = paces[0].map(|pace| Timing {
+                pace,
+                frozen_flops: 2.0 * spec.multiplied() as f64,
+                adapter_flops: costs[0].flops.executed as f64,
+                tokens: amount.map_or(MANY, |a| a.tokens),
+                updates: amount.map_or(MANY / setting.tokens.max(1), |a| a.updates),
+            });
+            if matches!(budget, Budget::Time(_)) && timing.is_none() {
+                return Err(wrong("a budget of time needs an adapter to time".into()).into());
+            }
+            let smore = match config {
+                AdapterConfig::Smore(c) => c.clone(),
+                other => SmoreConfig {
+                    targets: other.targets().cloned().unwrap_or_default(),
+                    ..SmoreConfig::new(vec![])
+                },
+            };
+            let kind = (subject.bf16, subject.gradient_checkpointing);
+            Some((budget, search(&smore, &spec, *setting, kind, timing, budget).map_err(wrong)?))
+        }
+        None => None,
+    };
     let tokens = setting.tokens;
+    let view = View {
+        model: format!(
+            "{}: {} parameters in {} blocks",
+            args.model,
+            count(spec.parameters()),
+            spec.blocks
+        ),
+        costs: &costs,
+        paces: &paces,
+        tokens,
+        amount,
+        found: found.as_ref().map(|(budget, found)| (*budget, &found[..])),
+    };
+    if let Some(file) = &args.html {
+        view.report().write(file)?;
+    }
     if args.json {
         let base = json!({"parameters": spec.parameters(), "blocks": spec.blocks,
             "hidden": spec.hidden, "intermediate": spec.intermediate});
         let facts = json!({"model": args.model, "base": base, "adapter": config,
-            "tokens_per_forward_pass": tokens, "costs": costs});
+            "tokens_per_forward_pass": tokens, "costs": costs, "paces": paces, "data": amount,
+            "within_budget": found.as_ref().map(|(_, found)| found)});
         println!("{facts}");
         return Ok(());
     }
-    println!("{}: {} parameters in {} blocks", args.model, count(spec.parameters()), spec.blocks);
-    print_costs(&costs);
-    print_structure(&costs[0]);
-    print_memory(&costs, tokens);
+    view.print();
+    if let Some(file) = &args.html {
+        println!("\n{} is a page to look at", file.display());
+    }
     Ok(())
-}
-
-fn print_costs(costs: &[Cost]) {
-    let row = |c: &Cost| {
-        vec![
-            c.name.clone(),
-            count(c.parameters),
-            c.file_bytes.map_or("\u{2013}".into(), |n| count(n as usize)),
-            count(c.flops.active),
-            count(c.flops.executed),
-        ]
-    };
-    println!();
-    let header = ["adapter", "parameters", "file, bytes", "FLOPs a token, active", "as trained"];
-    table::print(&header, &costs.iter().map(row).collect::<Vec<_>>());
-}
-
-fn print_structure(cost: &Cost) {
-    let Some(s) = &cost.structure else { return };
-    println!(
-        "\nabove LoRA of equal rank, biases and router aside: {} parameters ({:.1}%), propagation \
-         {:.1}% of its multiplications",
-        count(s.parameters_above_lora),
-        100.0 * s.parameter_overhead,
-        100.0 * s.propagation_overhead
-    );
-    if let Some(log10) = s.flexibility_log10 {
-        println!("structural flexibility: 10^{log10:.1} outputs for a token on one linear map");
-    }
-}
-
-fn print_memory(costs: &[Cost], tokens: usize) {
-    println!("\nPeak memory of a training step of {} tokens, estimated:\n", count(tokens));
-    let mut rows = Vec::new();
-    for cost in costs {
-        for peak in &cost.memory {
-            let s = &peak.split;
-            let parts = [s.weights, s.adapter_and_optimizer, s.activations, peak.total];
-            let precision = if peak.bf16 { "bf16" } else { "f32" };
-            let again = if peak.gradient_checkpointing { "yes" } else { "no" };
-            let mut row = vec![cost.name.clone(), precision.into(), again.into()];
-            row.extend(parts.map(bytes));
-            rows.push(row);
-        }
-    }
-    let header = [
-        "adapter",
-        "weights in",
-        "recomputed",
-        "weights",
-        "adapter, optimizer",
-        "activations",
-        "in all",
-    ];
-    table::print(&header, &rows);
 }
 
 /// What is planned.
@@ -124,6 +148,10 @@ struct Subject {
     /// Router width of every layer, where an adapter's folder says so.
     router_widths: Option<Vec<usize>>,
     setting: Setting,
+    recipe: Option<RunConfig>,
+    /// Frozen weights are kept as bf16.
+    bf16: bool,
+    gradient_checkpointing: bool,
 }
 
 impl Subject {
@@ -141,14 +169,55 @@ impl Subject {
         });
         let setting = Setting {
             tokens: args.tokens.map_or(tokens, |n| n as usize),
-            keeps_best: recipe.is_some_and(|r| r.train.load_best_model_at_end),
+            keeps_best: recipe.as_ref().is_some_and(|r| r.train.load_best_model_at_end),
         };
-        let AdapterConfig::Saved(saved) = &config else {
-            return Ok(Self { config, router_widths: None, setting });
+        let (config, router_widths) = match config {
+            AdapterConfig::Saved(saved) => {
+                let settings = read_settings(&saved.path)?;
+                (settings.config, Some(settings.router_widths))
+            }
+            config => (config, None),
         };
-        let settings = read_settings(&saved.path)?;
-        let router_widths = Some(settings.router_widths);
-        Ok(Self { config: settings.config, router_widths, setting })
+        let train = recipe.as_ref().map(|r| &r.train);
+        Ok(Self {
+            bf16: spec.bf16 || train.is_some_and(|t| t.bf16),
+            gradient_checkpointing: train.is_some_and(|t| t.gradient_checkpointing),
+            config,
+            router_widths,
+            setting,
+            recipe,
+        })
+    }
+
+    /// What the run trains on; none where there is no run or its model is not the one planned for.
+    fn amount(&self) -> Result<Option<Amount>, Error> {
+        match &self.recipe {
+            Some(recipe) if recipe.model.is_dir() => Amount::of(recipe),
+            _ => Ok(None),
+        }
+    }
+
+    fn work<'a>(
+        &self,
+        spec: &'a DecoderSpec,
+        config: &'a AdapterConfig,
+        router_widths: Option<&'a [usize]>,
+        amount: Option<Amount>,
+    ) -> Work<'a> {
+        let most = self.setting.tokens.min(spec.max_positions);
+        // As long as the run's samples are.
+        let length = amount.map_or(most, |a| a.tokens.div_ceil(a.samples.max(1)).clamp(1, most));
+        let sequences = self.recipe.as_ref().map_or(1, |r| r.train.per_device_train_batch_size);
+        let tokens = amount.map_or(self.setting.tokens, |_| length * sequences);
+        Work {
+            spec,
+            config,
+            router_widths,
+            tokens,
+            length,
+            bf16: self.bf16,
+            gradient_checkpointing: self.gradient_checkpointing,
+        }
     }
 }
 

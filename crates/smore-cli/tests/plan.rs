@@ -80,3 +80,54 @@ fn tokens_and_mistakes() {
         assert!(code == 2 && err.contains(words), "{err}");
     }
 }
+
+/// A budget lists what fits, a page is written, and what `--time` says is near what a run takes.
+#[test]
+fn budgets_pages_and_time() {
+    let base = concat!(env!("CARGO_MANIFEST_DIR"), "/assets/demo-base");
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path();
+    let record = r#"{"instruction": "say", "output": "a word, and another, and a third"}"#;
+    std::fs::write(folder.join("data.jsonl"), [record; 64].join("\n")).unwrap();
+    let config = format!(
+        "model: {base}\noutput_dir: run\nadapter: {}\n\
+         data: {{train: [{{path: data.jsonl}}], validation: {{fraction: 0.0}}}}\n\
+         train: {{num_train_epochs: 2, per_device_train_batch_size: 16}}\n",
+        ADAPTERS[0]
+    );
+    std::fs::write(folder.join("run.yaml"), config).unwrap();
+    let args = ["plan", base, "run.yaml", "--budget", "100K", "--html", "plan.html", "--json"];
+    let (code, out, err) = smore(folder, &args);
+    assert_eq!(code, 0, "{err}");
+    let plan: Value = serde_json::from_str(&out).unwrap();
+    let found = plan["within_budget"].as_array().unwrap();
+    assert!(found.len() > 10 && found.iter().any(|f| f["on_front"] == true));
+    assert!(found.iter().all(|f| f["parameters"].as_u64().unwrap() <= 100_000));
+    let page = std::fs::read_to_string(folder.join("plan.html")).unwrap();
+    assert!(page.contains("Within the budget") && page.contains("<circle"));
+    assert!(!page.contains("http://") && !page.contains("https://"));
+    // What was found is planned alike by itself.
+    let layers = serde_json::to_string(&found.last().unwrap()["layers"]).unwrap();
+    std::fs::write(folder.join("a.yaml"), format!("{{kind: smore, layers: {layers}}}")).unwrap();
+    let (code, out, err) = smore(folder, &["plan", base, "a.yaml", "--json"]);
+    assert_eq!(code, 0, "{err}");
+    let alone: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!(alone["costs"][0]["parameters"], found.last().unwrap()["parameters"]);
+
+    let (code, out, err) = smore(folder, &["plan", base, "run.yaml", "--time", "--json"]);
+    assert_eq!(code, 0, "{err}");
+    let plan: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&plan["data"]["samples"], &plan["data"]["updates"]), (&64.into(), &4.into()));
+    assert_eq!(plan["data"]["total_updates"], 8);
+    let pace = &plan["paces"][0];
+    let per_token = pace["seconds_per_token"].as_f64().unwrap();
+    assert!(per_token > 0.0 && pace["seconds_per_update"].as_f64().unwrap() >= 0.0);
+    assert!(plan["paces"].as_array().unwrap().iter().all(|pace| !pace.is_null()));
+
+    let (code, out, _) = smore(folder, &["plan", base, "run.yaml", "--budget", "1h"]);
+    assert!(code == 0 && out.contains("an epoch") && out.contains("width d_L"), "{out}");
+    for (budget, words) in [("20X", "expected parameters such as 20M"), ("0", "no budget")] {
+        let (code, _, err) = smore(folder, &["plan", base, "run.yaml", "--budget", budget]);
+        assert!(code == 2 && err.contains(words), "{err}");
+    }
+}

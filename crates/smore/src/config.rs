@@ -36,6 +36,22 @@ pub struct SmoreConfig {
     pub init: Init,
 }
 
+impl SmoreConfig {
+    /// These layers, leaves first, and everything else as it is by default.
+    pub fn new(layers: Vec<LayerConfig>) -> Self {
+        Self {
+            targets: Targets::default(),
+            layers,
+            gate: GateConfig::default(),
+            activation: Activation::default(),
+            activation_position: ActivationPosition::default(),
+            shared_pool: false,
+            structure: Structure::default(),
+            init: Init::default(),
+        }
+    }
+}
+
 /// One S'MoRE layer: `experts` (s), `fanout` (f) and `rank` (r) of the paper.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

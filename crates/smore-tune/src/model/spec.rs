@@ -253,6 +253,11 @@ impl DecoderSpec {
         self.tensors().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
     }
 
+    /// Numbers that a token is multiplied with: all but a token table that is no head.
+    pub fn multiplied(&self) -> usize {
+        self.parameters() - if self.tied { 0 } else { self.vocabulary * self.hidden }
+    }
+
     /// Name and shape of every tensor of the model, matrices as `[rows, cols]`.
     pub fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let mut all =

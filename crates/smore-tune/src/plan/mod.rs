@@ -1,13 +1,17 @@
 //! What a run takes, told from shapes alone: no weight is read.
 
+mod amount;
 mod compute;
 mod demand;
 pub mod models;
+mod search;
 mod structure;
 mod time;
 
+pub use amount::Amount;
 pub use compute::{Flops, flops};
 pub use demand::Demand;
+pub use search::{Budget, Found, Timing, search};
 pub use structure::Structure;
 pub use time::{Pace, Work};
 
