@@ -45,10 +45,16 @@ fn steps() -> Vec<(&'static str, Step)> {
     vec![
         ("stories260K, S'MoRE, f32", step(tiny, Adapter::Smore, f32, 8, 256, false)),
         ("width 512, S'MoRE", step(Shape::PILOT, Adapter::Smore, bf16, 4, 256, false)),
-        ("width 512, LoRA 16, f32, recomputing", step(Shape::PILOT, Adapter::Lora(16), f32, 8, 256, true)),
+        (
+            "width 512, LoRA 16, f32, recomputing",
+            step(Shape::PILOT, Adapter::Lora(16), f32, 8, 256, true),
+        ),
         ("width 896, LoRA 64", step(half, Adapter::Lora(64), bf16, 2, 256, false)),
         ("width 896, S'MoRE, recomputing", step(half, Adapter::Smore, bf16, 4, 256, true)),
-        ("Llama-3.2-1B, S'MoRE, recomputing", step(Shape::LLAMA_1B, Adapter::Smore, bf16, 4, 256, true)),
+        (
+            "Llama-3.2-1B, S'MoRE, recomputing",
+            step(Shape::LLAMA_1B, Adapter::Smore, bf16, 4, 256, true),
+        ),
     ]
 }
 
@@ -63,7 +69,8 @@ pub(crate) fn compare() -> Result<Value> {
         let (tokens, gradient_checkpointing) =
             (step.batch * step.length, step.gradient_checkpointing);
         let setting = Setting { tokens, keeps_best: false };
-        let cost = Cost::of(name.into(), &config, None, &spec, setting).map_err(anyhow::Error::msg)?;
+        let cost =
+            Cost::of(name.into(), &config, None, &spec, setting).map_err(anyhow::Error::msg)?;
         let peak = cost
             .memory
             .iter()
@@ -78,9 +85,12 @@ pub(crate) fn compare() -> Result<Value> {
             bf16,
             gradient_checkpointing,
         };
-        let pace = Pace::measure(work, Duration::from_secs(if std::env::var("Q").is_ok() {1} else {10}))
-            .map_err(anyhow::Error::msg)?
-            .context("an adapter")?;
+        let pace = Pace::measure(
+            work,
+            Duration::from_secs(if std::env::var("Q").is_ok() { 1 } else { 10 }),
+        )
+        .map_err(anyhow::Error::msg)?
+        .context("an adapter")?;
         let planned = pace.seconds(tokens, 1);
         let mut worker = Worker::ours(&Case::Step(step))?;
         worker.run()?;

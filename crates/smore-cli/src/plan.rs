@@ -10,9 +10,7 @@ use smore_tune::checkpoint::read_settings;
 use smore_tune::config::{AdapterConfig, AdapterSection, RunConfig};
 use smore_tune::error::Error;
 use smore_tune::model::spec::DecoderSpec;
-use smore_tune::plan::{
-    Amount, Budget, Cost, Pace, Setting, Timing, Work, loras, models, search,
-};
+use smore_tune::plan::{Amount, Budget, Cost, Pace, Setting, Timing, Work, loras, models, search};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use view::{MANY, View};
@@ -63,8 +61,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         _ => "the base itself",
     };
     let widths = router_widths.as_deref();
-    let mut costs =
-        vec![Cost::of(own.to_owned(), config, widths, &spec, *setting).map_err(wrong)?];
+    let mut costs = vec![Cost::of(own.to_owned(), config, widths, &spec, *setting).map_err(wrong)?];
     let loras = loras(config, costs[0].parameters, &spec).map_err(wrong)?;
     for (name, lora) in &loras {
         costs.push(Cost::of(name.clone(), lora, None, &spec, *setting).map_err(wrong)?);

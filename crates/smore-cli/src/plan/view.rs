@@ -40,8 +40,10 @@ impl View<'_> {
         println!("{}", self.model);
         for table in self.tables() {
             println!("\n{}{}\n", table.heading, colon(&table.note));
-            let rows: Vec<Vec<String>> = table.rows.into_iter().take(SHOWN).collect();
-            table::print(&table.columns, &rows);
+            table::print(&table.columns, &table.rows[..table.rows.len().min(SHOWN)]);
+            if let Some(more) = table.rows.len().checked_sub(SHOWN + 1) {
+                println!("  and {} more, which --html and --json have", more + 1);
+            }
         }
         for line in self.structure() {
             println!("\n{line}");
@@ -110,9 +112,10 @@ impl View<'_> {
         };
         Table {
             heading: "Adapters",
-            note: "FLOPs are those of a token's forward pass, of the experts that act on it and as \
+            note:
+                "FLOPs are those of a token's forward pass, of the experts that act on it and as \
                    executed in training"
-                .into(),
+                    .into(),
             columns: vec![
                 "adapter",
                 "parameters",
@@ -155,7 +158,8 @@ impl View<'_> {
     }
 
     fn time_table(&self) -> Table {
-        let (heading, note) = ("Time", "measured on this machine, on random weights of these shapes");
+        let (heading, note) =
+            ("Time", "measured on this machine, on random weights of these shapes");
         let mut columns = vec!["adapter", "tokens/s"];
         match self.amount {
             Some(_) => columns.extend(["an epoch", "the whole run"]),
@@ -226,14 +230,9 @@ fn front_table(budget: Budget, found: &[Found]) -> Table {
         Budget::Memory(_) => "memory",
         Budget::Time(_) => "time",
     };
-    let cut = if front.len() > SHOWN {
-        format!("; the {SHOWN} dearest are here, --html and --json have all")
-    } else {
-        String::new()
-    };
     let note = format!(
         "{} S'MoRE fit; of them {} that no other beats in {what}, width and flexibility, the \
-         dearest first{cut}",
+         dearest first",
         found.len(),
         front.len()
     );

@@ -3,9 +3,9 @@
 use super::spec::DecoderSpec;
 use crate::error::{Error, Result, nearest};
 use memmap2::Mmap;
+use rand::Rng;
 use rayon::prelude::*;
 use safetensors::SafeTensors;
-use rand::Rng;
 use smore::rng::{Purpose, stream};
 use smore_engine::{Dtype, HostMatrix};
 use std::collections::{BTreeMap, BTreeSet};

@@ -180,10 +180,8 @@ pub fn search(
     }
     all.sort_by(|a, b| a.spent(budget).total_cmp(&b.spent(budget)).then(a.flops.cmp(&b.flops)));
     let better = |a: &Found, b: &Found| {
-        let (cost, flexibility) = (
-            (a.spent(budget), b.spent(budget)),
-            (a.flexibility_log10, b.flexibility_log10),
-        );
+        let (cost, flexibility) =
+            ((a.spent(budget), b.spent(budget)), (a.flexibility_log10, b.flexibility_log10));
         let no_worse = cost.0 <= cost.1 && a.width >= b.width && flexibility.0 >= flexibility.1;
         no_worse && (cost.0 < cost.1 || a.width > b.width || flexibility.0 > flexibility.1)
     };
@@ -260,8 +258,7 @@ mod tests {
         let config = SmoreConfig::new(vec![]);
         let pace = Pace { seconds_per_token: 0.01, seconds_per_update: 0.1, tokens: 512 };
         let (frozen_flops, adapter_flops) = (1e9, 1e7);
-        let timing =
-            Timing { pace, frozen_flops, adapter_flops, tokens: 10_000, updates: 20 };
+        let timing = Timing { pace, frozen_flops, adapter_flops, tokens: 10_000, updates: 20 };
         let own = timing.seconds(10_000_000);
         assert!((own - 102.0).abs() < 1e-9);
         let budget = Budget::Time(own);
