@@ -61,7 +61,18 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let items = task.items(&args.data, protocol, args.limit.map(|n| n as usize))?;
     let needs_sandbox = task.runs_programs();
     let sandbox = needs_sandbox.then(|| Sandbox::open(Limits::default())).transpose()?;
-    let bench = Bench { args, task: &task, protocol, items: &items, sandbox: sandbox.as_ref() };
+    let bench = Bench {
+        named: &args.task,
+        task: &task,
+        protocol,
+        items: &items,
+        sandbox: sandbox.as_ref(),
+        data: &args.data,
+        model: &args.model,
+        output: &args.output,
+        limit: args.limit.map(|n| n as usize),
+        quiet: args.json,
+    };
     let (base, base_sums) = bench.side("base", None)?;
     let adapted = args.adapter.as_deref().map(|a| bench.side("adapter", Some(a))).transpose()?;
     let pairs = match &adapted {
@@ -89,20 +100,29 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// What both sides share.
-struct Bench<'a> {
-    args: &'a Args,
-    task: &'a Task,
-    protocol: Protocol,
-    items: &'a [Item],
-    sandbox: Option<&'a Sandbox>,
+/// What the base and adapters on it are asked.
+pub(crate) struct Bench<'a> {
+    /// The task, as the user named it.
+    pub(crate) named: &'a str,
+    pub(crate) task: &'a Task,
+    pub(crate) protocol: Protocol,
+    pub(crate) items: &'a [Item],
+    pub(crate) sandbox: Option<&'a Sandbox>,
+    /// The file that the items are of.
+    pub(crate) data: &'a Path,
+    pub(crate) model: &'a Path,
+    /// Each side gets a folder in it.
+    pub(crate) output: &'a Path,
+    pub(crate) limit: Option<usize>,
+    /// No progress is shown.
+    pub(crate) quiet: bool,
 }
 
 impl Bench<'_> {
     /// Samples and sums of the base or an adapter, which are not in memory at the same time.
-    fn side(&self, name: &str, adapter: Option<&Path>) -> Result<(Vec<Sample>, Value)> {
-        let Args { task, data, model: base, output, .. } = self.args;
-        let setting = Setting::of(self.task, task, self.protocol, data, base, adapter)?;
+    pub(crate) fn side(&self, name: &str, adapter: Option<&Path>) -> Result<(Vec<Sample>, Value)> {
+        let Self { named, data, model: base, output, .. } = *self;
+        let setting = Setting::of(self.task, named, self.protocol, data, base, adapter)?;
         let mut folder = SideFolder::open(&output.join(name), setting)?;
         let mut loaded = Loaded::open(base, adapter)?;
         let context = loaded.folder.spec.max_positions;
@@ -114,16 +134,15 @@ impl Bench<'_> {
             answer_tokens: self.task.answer_tokens().min(context / 2),
             sandbox: self.sandbox,
         };
-        if folder.done() > 0 && !self.args.json {
+        if folder.done() > 0 && !self.quiet {
             let there = folder.done().min(self.items.len());
             eprintln!("{name}: {} samples are there already", table::count(there));
         }
-        let bar = bar(name, folder.done(), self.items.len(), self.args.json);
+        let bar = bar(name, folder.done(), self.items.len(), self.quiet);
         folder.finish(self.items, &answerer, &mut |done| bar.set_position(done as u64))?;
         bar.finish_and_clear();
         let n = self.items.len();
-        let limit = self.args.limit.map(|n| n as usize);
-        let sums = folder.write_results(n, base, adapter, limit)?;
+        let sums = folder.write_results(n, base, adapter, self.limit)?;
         Ok((folder.samples(n).to_vec(), sums))
     }
 }
@@ -141,7 +160,7 @@ fn bar(name: &str, done: usize, all: usize, quiet: bool) -> ProgressBar {
 }
 
 /// Each metric's pair.
-fn paired(base: &[Sample], adapter: &[Sample]) -> Vec<(String, Paired)> {
+pub(crate) fn paired(base: &[Sample], adapter: &[Sample]) -> Vec<(String, Paired)> {
     let names = base.first().into_iter().flat_map(|s| s.metrics.keys());
     let names = names.filter(|n| !n.starts_with("unread"));
     let right = |samples: &[Sample], name: &str| -> Vec<bool> {

@@ -1,5 +1,7 @@
 //! `smore reproduce`
 
+mod paper;
+
 use crate::{demo, table};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -17,6 +19,10 @@ enum What {
     /// Does structure help? LoRA, HydraLoRA, MixLoRA, S'MoRE and S'MoRE without parts of it at equal
     /// trained parameters on a small base, from nothing but this program; goes on where it stopped
     Pilot(PilotArgs),
+    /// The paper's Tables 2 to 5 on a base and sets of your own: every method searched over the
+    /// paper's grid under one budget, the winners asked the test questions; goes on where it
+    /// stopped. Made for a large machine: see --list first
+    Paper(paper::Args),
 }
 
 #[derive(clap::Args)]
@@ -45,7 +51,13 @@ struct PilotArgs {
 }
 
 pub(crate) fn run(args: &Args) -> Result<()> {
-    let What::Pilot(args) = &args.what;
+    match &args.what {
+        What::Pilot(args) => pilot(args),
+        What::Paper(args) => paper::run(args),
+    }
+}
+
+fn pilot(args: &PilotArgs) -> Result<()> {
     let mut study = if args.quick { Study::quick() } else { Study::full() };
     study.seeds = args.seeds.unwrap_or(study.seeds);
     study.train = args.samples.map_or(study.train, |n| n as usize);

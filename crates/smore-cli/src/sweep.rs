@@ -5,8 +5,8 @@ use crate::table::{self, count};
 use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
 use smore_tune::error::Error;
-use smore_tune::sweep::{Event, Sweep};
-use std::path::PathBuf;
+use smore_tune::sweep::{Event, Sweep, Table};
+use std::path::{Path, PathBuf};
 
 #[derive(clap::Args)]
 pub(crate) struct Args {
@@ -26,14 +26,39 @@ pub(crate) fn run(args: &Args) -> Result<()> {
         list(&sweep, args.json);
         return Ok(());
     }
-    let bar = if args.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
+    let result = run_shown(&sweep, &args.file, args.json, &Interrupt::listen()?)?;
+    if args.json {
+        println!("{}", serde_json::to_string(&result)?);
+        return Ok(());
+    }
+    let (columns, rows) = result.cells();
+    table::print(&columns, &rows);
+    let folder = sweep.output_dir().display();
+    match result.best() {
+        Some(best) => println!(
+            "best: {}; {folder}/best.yaml is ready to run, {folder}/report.html to look at",
+            best.name
+        ),
+        None => println!("every trial failed; {folder}/report.html says why"),
+    }
+    Ok(())
+}
+
+/// Runs a sweep with a bar and a line for each trial, unless `quiet`.
+pub(crate) fn run_shown(
+    sweep: &Sweep,
+    file: &Path,
+    quiet: bool,
+    interrupt: &Interrupt,
+) -> Result<Table> {
+    let bar = if quiet { ProgressBar::hidden() } else { ProgressBar::new(0) };
     let style = ProgressStyle::with_template("{bar:28.cyan/dim} {pos}/{len} trials  {eta} left");
     bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     let interactive = !bar.is_hidden();
     let say = |line: &str| {
         if interactive {
             bar.println(line);
-        } else if !args.json {
+        } else if !quiet {
             eprintln!("{line}");
         }
     };
@@ -56,30 +81,14 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             say(&format!("{name}, seed {}: {came_to}, {:.0} s", t.seed, t.seconds));
         }
     };
-    let interrupt = Interrupt::listen()?;
     let result = sweep.run(&watch, &|| interrupt.asked());
     bar.finish_and_clear();
     if let Err(error @ Error::Interrupted { .. }) = result {
-        let file = args.file.display();
+        let file = file.display();
         let context = format!("interrupted; `smore sweep {file}` goes on");
         return Err(anyhow::Error::from(error).context(context));
     }
-    let result = result?;
-    if args.json {
-        println!("{}", serde_json::to_string(&result)?);
-        return Ok(());
-    }
-    let (columns, rows) = result.cells();
-    table::print(&columns, &rows);
-    let folder = sweep.output_dir().display();
-    match result.best() {
-        Some(best) => println!(
-            "best: {}; {folder}/best.yaml is ready to run, {folder}/report.html to look at",
-            best.name
-        ),
-        None => println!("every trial failed; {folder}/report.html says why"),
-    }
-    Ok(())
+    Ok(result?)
 }
 
 fn list(sweep: &Sweep, json: bool) {

@@ -20,6 +20,7 @@ pub mod memory;
 pub mod merge;
 pub mod model;
 pub mod optimizer;
+pub mod paper;
 pub mod pilot;
 pub mod plan;
 pub mod report;

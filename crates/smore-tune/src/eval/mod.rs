@@ -17,3 +17,11 @@ pub mod task;
 
 pub use program::{Program, programs};
 pub use task::{Protocol, Task, TaskKind};
+
+/// The records of a set, as they are.
+///
+/// # Errors
+/// A file that is none of JSON, JSONL or Parquet.
+pub(crate) fn records(file: &std::path::Path) -> crate::error::Result<Vec<serde_json::Value>> {
+    Ok(read::read(file)?.into_iter().map(|record| record.value).collect())
+}

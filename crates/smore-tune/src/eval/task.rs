@@ -6,7 +6,7 @@ use super::question::Question;
 use super::read::{Record, data_error, read};
 use crate::error::{Error, Result, nearest};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::fmt;
 use std::path::Path;
 
@@ -204,6 +204,30 @@ impl Task {
         let records = read(file)?;
         let records = records.into_iter().take(limit.unwrap_or(usize::MAX));
         records.enumerate().map(|(i, record)| self.item(i, file, &record, protocol)).collect()
+    }
+
+    /// What a training set of this task teaches, as records with `instruction` and `output`: the
+    /// prompt of the generation protocol, and the letter or the worked answer.
+    ///
+    /// # Errors
+    /// If a record is not of this task, or the task has no training set (HumanEval).
+    pub fn lessons(&self, file: &Path) -> Result<Vec<Value>> {
+        let lesson = |(i, record): (usize, &Record)| {
+            let item = self.item(i, file, record, Protocol::Generation)?;
+            let (prompt, answer) = match item.request {
+                Request::Letter { prompt, gold, .. } => (prompt, letter_of(gold).to_string()),
+                Request::Exact { prompt, gold } => (prompt, gold),
+                Request::Number { prompt, gold } => {
+                    let worked = record.value["answer"].as_str().map(String::from);
+                    (prompt, worked.unwrap_or(gold))
+                }
+                Request::Code(_) | Request::Continuations { .. } => {
+                    return Err(data_error(file, record.line, "nothing to learn from"));
+                }
+            };
+            Ok(json!({"instruction": prompt, "output": answer}))
+        };
+        read(file)?.iter().enumerate().map(lesson).collect()
     }
 
     /// Answers are written freely, not chosen.

@@ -228,6 +228,12 @@ impl Sweep {
         }
     }
 
+    /// The adapter that a candidate's run exported in the last rung, for every seed.
+    pub fn adapters(&self, row: &Row) -> Vec<PathBuf> {
+        let folder = |&seed: &u64| self.folder_of(row.candidate, row.rung, seed).join("adapter");
+        self.config.seeds.iter().map(folder).collect()
+    }
+
     fn folder_of(&self, candidate: usize, rung: usize, seed: u64) -> PathBuf {
         let rung = if rung > 0 { format!("-rung-{rung}") } else { String::new() };
         self.config.output_dir.join(format!("trial-{candidate:03}{rung}-seed-{seed}"))
