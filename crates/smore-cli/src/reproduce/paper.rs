@@ -21,13 +21,17 @@ pub(crate) struct Args {
     /// Folder of the base; the paper has Llama-3.2-1B, Llama-3-8B and Gemma-2-9B
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// Folder of the sets as they are published: arc_challenge/train.jsonl and test.jsonl, arc_easy,
-    /// commonsense_qa, openbookqa, winogrande, gsm8k, humaneval/test.jsonl with code_alpaca/train.json
+    /// Folder with a folder for each set, as it is published: arc_challenge, arc_easy,
+    /// commonsense_qa, openbookqa, winogrande, gsm8k, humaneval and code_alpaca
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
     /// These tasks alone; may be given several times. Without it, those that are in the folder
     #[arg(long, value_parser = PaperTask::by_name)]
     task: Vec<PaperTask>,
+    /// These methods alone: lora, hydra-lora, mix-lora, smore or smore-3-layers; may be given several
+    /// times
+    #[arg(long, value_parser = method)]
+    method: Vec<Method>,
     /// Trained parameters that no candidate may exceed; without it, those of LoRA of rank 64
     #[arg(long, value_name = "AMOUNT")]
     budget: Option<Budget>,
@@ -143,12 +147,18 @@ fn study(args: &Args) -> Result<Study> {
         data: absolute(&args.data)?,
         output: absolute(&args.output)?,
         tasks,
-        methods: Method::ALL.to_vec(),
+        methods: if args.method.is_empty() { Method::ALL.to_vec() } else { args.method.clone() },
         budget,
         seeds: args.seed.clone(),
         max_steps: args.max_steps.map(|n| n as usize),
         max_samples: args.max_samples.map(|n| n as usize),
     })
+}
+
+fn method(key: &str) -> Result<Method, String> {
+    let known = Method::ALL.map(Method::key);
+    let found = Method::ALL.into_iter().find(|method| method.key() == key);
+    found.ok_or_else(|| format!("expected one of {}", known.join(", ")))
 }
 
 /// What would be trained.
@@ -185,7 +195,8 @@ impl<'a> Asked<'a> {
         let opened = Task::open(task.name())?;
         let limit = args.limit.map(|n| n as usize);
         let items = opened.items(&files.test, Protocol::Generation, limit)?;
-        let sandbox = opened.runs_programs().then(|| Sandbox::open(Limits::default())).transpose()?;
+        let sandbox =
+            opened.runs_programs().then(|| Sandbox::open(Limits::default())).transpose()?;
         let output = study.folder(task).join("eval");
         Ok(Self { args, task, opened, items, sandbox, files, output })
     }

@@ -105,12 +105,7 @@ impl Table {
         let row = |c: &Cell| {
             let paired = c.paired.as_ref().map_or(DASH.into(), |p| {
                 let (low, high) = p.interval;
-                format!(
-                    "{:+.2} [{:+.2}, {:+.2}]",
-                    100.0 * p.difference,
-                    100.0 * low,
-                    100.0 * high
-                )
+                format!("{:+.2} [{:+.2}, {:+.2}]", 100.0 * p.difference, 100.0 * low, 100.0 * high)
             });
             let method = c.method.map_or("base", Method::name).to_owned();
             let parameters = thousands(c.parameters);
@@ -145,9 +140,10 @@ impl Table {
         let (columns, rows) = self.accuracies();
         sections.push(Section::Table { heading: "Accuracy".into(), note, columns, rows });
         let (columns, rows) = self.winners();
-        let note = "The lowest held-out loss within the budget; differences on the same questions, \
+        let note =
+            "The lowest held-out loss within the budget; differences on the same questions, \
                     with 95% intervals."
-            .to_owned();
+                .to_owned();
         sections.push(Section::Table { heading: "What was chosen".into(), note, columns, rows });
         Report { title: "The paper's comparison".into(), subtitle: subtitle.into(), sections }
     }

@@ -84,18 +84,21 @@ impl PaperTask {
         })
     }
 
-    /// Its files in a folder of sets: `<task>/train.*` and `<task>/test.*`, or `validation.*` or
-    /// `dev.*` where the test set's answers are not published.
+    /// Its files in a folder of sets: a folder with the task's name, in it the largest file with
+    /// `train` in its name, and one with `test`, `dev` or `validation`. Where the answers of the
+    /// test set are not published, that comes last.
     ///
     /// # Errors
     /// What is not there, and what it is to be called.
     pub fn find(self, data: &Path) -> Result<Files> {
-        let train = match self {
-            Self::HumanEval => find(&data.join("code_alpaca"), &["train"])?,
-            _ => find(&data.join(self.name()), &["train"])?,
+        let trained = if self == Self::HumanEval { "code_alpaca" } else { self.name() };
+        let train = find(data, trained, &["train", "alpaca"])?;
+        let order: &[&str] = match self {
+            Self::CommonsenseQa | Self::WinoGrande => &["dev", "validation", "test"],
+            Self::HumanEval => &["test", "humaneval"],
+            _ => &["test", "validation", "dev"],
         };
-        let test = find(&data.join(self.name()), &["test", "validation", "dev"])?;
-        Ok(Files { train, test })
+        Ok(Files { train, test: find(data, self.name(), order)? })
     }
 
     /// What is learnt from a training set: records with `instruction`, `input` and `output`.
@@ -107,14 +110,35 @@ impl PaperTask {
     }
 }
 
-fn find(folder: &Path, names: &[&str]) -> Result<PathBuf> {
-    let files = names.iter().flat_map(|name| ENDINGS.map(|end| folder.join(format!("{name}.{end}"))));
-    files.into_iter().find(|file| file.is_file()).ok_or_else(|| Error::Missing {
-        path: folder.join(format!("{}.jsonl", names[0])),
+/// Of the files of a set those with the first of `words` that any has in its name, and of these the
+/// largest.
+fn find(data: &Path, set: &str, words: &[&str]) -> Result<PathBuf> {
+    let plain = |name: &str| name.to_lowercase().replace(['-', '_'], "");
+    let inside = |folder: &Path| -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+        paths.sort();
+        paths
+    };
+    let name = |path: &Path| plain(&path.file_name().unwrap_or_default().to_string_lossy());
+    let folder = inside(data).into_iter().find(|f| f.is_dir() && name(f) == plain(set));
+    let folder = folder.unwrap_or_else(|| data.join(set));
+    let readable = |file: &PathBuf| {
+        let ending = file.extension().unwrap_or_default().to_string_lossy().to_lowercase();
+        file.is_file() && ENDINGS.contains(&ending.as_str())
+    };
+    let files: Vec<PathBuf> = inside(&folder).into_iter().filter(readable).collect();
+    let size = |file: &Path| std::fs::metadata(file).map_or(0, |m| m.len());
+    let of_word = |word: &&str| {
+        let named = files.iter().filter(|file| name(file).contains(*word));
+        named.max_by_key(|file| size(file)).cloned()
+    };
+    words.iter().find_map(of_word).ok_or_else(|| Error::Missing {
+        path: folder,
         what: format!(
-            "the set {}, as it is published, in a file {} .jsonl, .json or .parquet",
-            folder.file_name().unwrap_or_default().to_string_lossy(),
-            names.join(", ")
+            "the set {set}, as it is published: a .jsonl, .json or .parquet file with `{}` in its \
+             name",
+            words.join("` or `")
         ),
     })
 }
@@ -126,17 +150,22 @@ mod tests {
     #[test]
     fn files_are_found_under_the_tasks_name() {
         let dir = tempfile::tempdir().unwrap();
-        let arc = dir.path().join("arc_easy");
+        let arc = dir.path().join("ARC-Easy");
         std::fs::create_dir(&arc).unwrap();
         let error = PaperTask::ArcEasy.find(dir.path()).unwrap_err().to_string();
-        assert!(error.contains("arc_easy") && error.contains("train"), "{error}");
-        std::fs::write(arc.join("train.json"), "[]").unwrap();
-        std::fs::write(arc.join("dev.parquet"), "").unwrap();
+        assert!(error.contains("ARC-Easy") && error.contains("`train`"), "{error}");
+        let put = |name: &str, text: &str| {
+            std::fs::write(arc.join(name), text).unwrap();
+            arc.join(name)
+        };
+        let dev = put("ARC-Easy-Dev.parquet", "");
+        put("train_s.jsonl", "{}");
+        put("train-labels.lst", "many, many, many labels");
+        let train = put("train_l.jsonl", "{} and more");
         let files = PaperTask::ArcEasy.find(dir.path()).unwrap();
-        assert_eq!(files.train, arc.join("train.json"));
-        assert_eq!(files.test, arc.join("dev.parquet"));
-        std::fs::write(arc.join("test.jsonl"), "").unwrap();
-        assert_eq!(PaperTask::ArcEasy.find(dir.path()).unwrap().test, arc.join("test.jsonl"));
+        assert_eq!(files, Files { train, test: dev });
+        let test = put("test.jsonl", "");
+        assert_eq!(PaperTask::ArcEasy.find(dir.path()).unwrap().test, test);
         assert_eq!(PaperTask::by_name("ARC-Easy"), Ok(PaperTask::ArcEasy));
         assert!(PaperTask::by_name("arc_esy").unwrap_err().contains("arc_easy"));
         assert!(PaperTask::by_name("piqa").is_err(), "not a task of the paper");
@@ -152,7 +181,8 @@ mod tests {
         )
         .unwrap();
         let [lesson] = &PaperTask::ArcEasy.lessons(&file).unwrap()[..] else { panic!() };
-        let prompt = "Please choose the correct answer to the question: Which is hot? (A) ice  (B) fire";
+        let prompt =
+            "Please choose the correct answer to the question: Which is hot? (A) ice  (B) fire";
         assert_eq!((&lesson["instruction"], &lesson["output"]), (&prompt.into(), &"B".into()));
         std::fs::write(&file, r##"{"question": "1 + 1?", "answer": "It is 2.\n#### 2"}"##).unwrap();
         let [lesson] = &PaperTask::Gsm8k.lessons(&file).unwrap()[..] else { panic!() };
