@@ -18,6 +18,7 @@ use clap::Parser;
 
 /// Speed and memory of the layer, the training step and decoding, as ratios.
 #[derive(Parser, Debug)]
+#[allow(clippy::struct_excessive_bools, reason = "flags of a command line")]
 #[command(name = "cargo xtask bench")]
 pub(crate) struct Args {
     /// Fewer runs, and no model with a billion weights

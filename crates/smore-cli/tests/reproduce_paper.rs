@@ -19,14 +19,14 @@ fn put(folder: &Path, file: &str, lines: impl IntoIterator<Item = String>) {
 }
 
 fn choice(i: usize) -> String {
-    let (right, label) = if i % 2 == 0 { ("this", "A") } else { ("that", "B") };
+    let (right, label) = if i.is_multiple_of(2) { ("this", "A") } else { ("that", "B") };
     format!(
         r#"{{"question": {{"stem": "Which is number {i}, {right}?", "choices": [{{"label": "A", "text": "this"}}, {{"label": "B", "text": "that"}}]}}, "answerKey": "{label}"}}"#
     )
 }
 
 fn sum(i: usize) -> String {
-    format!(r##"{{"question": "{i} + 1?", "answer": "One more than {i}.\n#### {}"}}"##, i + 1)
+    format!(r#"{{"question": "{i} + 1?", "answer": "One more than {i}.\n#### {}"}}"#, i + 1)
 }
 
 #[test]

@@ -62,7 +62,8 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     let study = study(args)?;
     study.write()?;
     if args.list {
-        return list(&study);
+        list(&study);
+        return Ok(());
     }
     let interrupt = Interrupt::listen()?;
     let mut table = Table { budget: study.budget, cells: Vec::new() };
@@ -70,7 +71,7 @@ pub(crate) fn run(args: &Args) -> Result<()> {
     for (task, files) in &study.tasks {
         let asked = Asked::open(args, &study, *task, files)?;
         let base = asked.answers("base", None)?;
-        table.cells.push(asked.cell(None, &[base.clone()], None));
+        table.cells.push(asked.cell(None, std::slice::from_ref(&base), None));
         for &method in &study.methods {
             let file = study.sweep_file(*task, method);
             let sweep = match Sweep::load(&file) {
@@ -162,7 +163,7 @@ fn method(key: &str) -> Result<Method, String> {
 }
 
 /// What would be trained.
-fn list(study: &Study) -> Result<()> {
+fn list(study: &Study) {
     let (mut rows, mut runs) = (Vec::new(), 0);
     for (task, _) in &study.tasks {
         for &method in &study.methods {
@@ -176,7 +177,6 @@ fn list(study: &Study) -> Result<()> {
     println!("at most {} trained parameters\n", count(study.budget));
     table::print(&["task", "method", "candidates", "sweep"], &rows);
     println!("\n{} runs in all; `smore plan --time` tells how long one takes", count(runs));
-    Ok(())
 }
 
 /// A task's questions.

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 const LOGITS: usize = 1 << 22;
 
 /// Rows whose logits are held at once. A head is packed anew for every one of these pieces, so a
-/// large one is given more than [`LOGITS`].
+/// large one is given more than the usual 16 MiB.
 pub fn logit_rows(vocabulary: usize) -> usize {
     (LOGITS / vocabulary).clamp(128, 1024)
 }

@@ -184,7 +184,7 @@ mod tests {
         let prompt =
             "Please choose the correct answer to the question: Which is hot? (A) ice  (B) fire";
         assert_eq!((&lesson["instruction"], &lesson["output"]), (&prompt.into(), &"B".into()));
-        std::fs::write(&file, r##"{"question": "1 + 1?", "answer": "It is 2.\n#### 2"}"##).unwrap();
+        std::fs::write(&file, r#"{"question": "1 + 1?", "answer": "It is 2.\n#### 2"}"#).unwrap();
         let [lesson] = &PaperTask::Gsm8k.lessons(&file).unwrap()[..] else { panic!() };
         assert_eq!(lesson["instruction"], "Question: 1 + 1?\nAnswer:");
         assert_eq!(lesson["output"], "It is 2.\n#### 2");
