@@ -3,7 +3,8 @@
 use crate::table::{self, count};
 use anyhow::Result;
 use serde_json::json;
-use smore::counting::flexibility::{self, Choice};
+use smore::counting::flexibility;
+use smore::spec::SmoreSpec;
 use smore_tune::checkpoint::manifest::Manifest;
 use smore_tune::checkpoint::{read_settings, write};
 use smore_tune::config::AdapterConfig;
@@ -159,22 +160,24 @@ fn print(usage: &[LayerUsage], windows: &[&Window], subject: &Path) {
         "parent: what the parent tells of the child; in brackets what chance alone would show. Near \
          it, the hierarchy idles."
     );
-    if let Some(possible) = possible(subject) {
-        println!("possible trees of a token: {possible}");
+    if let Some((formula, outputs)) = possible(subject) {
+        println!("outputs that trees can give a token, by {formula}: {outputs}");
     }
 }
 
-/// How many trees a token could have.
-fn possible(subject: &Path) -> Option<String> {
+/// By which formula, and how many outputs the trees of a token could give; none where there is no
+/// formula.
+fn possible(subject: &Path) -> Option<(&'static str, String)> {
     let inside = subject.join("adapter");
     let folder = if inside.is_dir() { inside } else { subject.to_owned() };
     let AdapterConfig::Smore(config) = read_settings(&folder).ok()?.config else { return None };
-    let choice = |l: &smore::config::LayerConfig| Choice { experts: l.experts, fanout: l.fanout };
-    let trees = flexibility::smore(&config.layers.iter().map(choice).collect::<Vec<_>>());
-    Some(match trees.exact {
+    // Widths of the map have no part in it.
+    let (formula, outputs) = flexibility::of(&SmoreSpec::new(&config, 1, 1).ok()?)?;
+    let number = match outputs.exact {
         Some(n) if n.to_string().len() < 16 => n.to_string(),
-        _ => format!("10^{:.1}", trees.log10()),
-    })
+        _ => format!("10^{:.1}", outputs.log10()),
+    };
+    Some((formula.name(), number))
 }
 
 #[cfg(test)]

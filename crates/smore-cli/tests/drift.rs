@@ -131,7 +131,7 @@ fn what_cannot_be_compared_is_said() {
     assert_eq!(routes(&["--held-out", "--step", "2"])["last_step"], 0);
     let table = smore(folder, &["routes", "run/adapter"]).assert().success();
     let table = String::from_utf8(table.get_output().stdout.clone()).unwrap();
-    assert!(table.contains("possible trees of a token: 216"), "{table}");
+    assert!(table.contains("by S'MoRE (Thm. 3.4): 216"), "{table}");
     let prompt = ["--prompt", "Order 3", "--max-new-tokens", "4", "--routing", "g.parquet"];
     let generate = ["generate", "--model", base, "--adapter", "run/adapter"];
     smore(folder, &[&generate[..], &prompt[..]].concat()).assert().success();

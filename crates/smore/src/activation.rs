@@ -25,7 +25,7 @@ impl<T: Float> Act<T> {
 
     /// y = sigma(x)
     pub(crate) fn forward(self, x: &[T], y: &mut [T]) {
-        simd(|| match self {
+        simd!(match self {
             Self::Identity => y.copy_from_slice(x),
             Self::Relu => map(x, y, |x| if x > T::ZERO { x } else { T::ZERO }),
             Self::Tanh => map(x, y, T::tanh),
@@ -35,7 +35,7 @@ impl<T: Float> Act<T> {
 
     /// dy *= sigma'(x), given x and y = sigma(x); returns the gradient of the slope.
     pub(crate) fn backward(self, x: &[T], y: &[T], dy: &mut [T]) -> T {
-        simd(|| match self {
+        simd!(match self {
             Self::Identity => T::ZERO,
             Self::Relu => {
                 for (dy, &x) in dy.iter_mut().zip(x) {

@@ -186,7 +186,7 @@ fn aggregate<T: Float>(
             values.inner = vec![T::ZERO; n * layer.nodes * width];
         }
         let LayerValues { row_of, residuals, inner, .. } = values;
-        simd(|| {
+        simd!({
             for (node, inner) in inner.chunks_exact_mut(width).enumerate() {
                 add_to(inner, residual(residuals, row_of, core, l, tree, node));
             }
@@ -201,7 +201,7 @@ fn aggregate<T: Float>(
         ActivationPosition::Child => T::ONE,
         _ => weight,
     };
-    simd(|| {
+    simd!({
         for (node, &weight) in weights.iter().enumerate() {
             let parent = &mut hidden[node / layer.fanout * width..][..width];
             if all {
@@ -280,7 +280,7 @@ fn split<T: Float>(
     let mut dweight = vec![T::ZERO; n * layer.nodes];
     let mut dinner = vec![T::ZERO; n * layer.nodes * width];
     let mut dresiduals = vec![T::ZERO; values.residuals.len()];
-    simd(|| {
+    simd!({
         for (node, dinner) in dinner.chunks_exact_mut(width).enumerate() {
             let weight = weights[node];
             let dparent = &dhidden[node / layer.fanout * width..][..width];
@@ -305,7 +305,7 @@ fn split<T: Float>(
     if position == ActivationPosition::All {
         let dslope = core.act(l).backward(&values.inner, &values.outer, &mut dinner);
         add_slope(core, l, dslope, grads);
-        simd(|| {
+        simd!({
             for (node, dinner) in dinner.chunks_exact(width).enumerate() {
                 add_to(residual_mut(&mut dresiduals, values, core, l, tree, node), dinner);
             }

@@ -98,7 +98,7 @@ fn forward_head<T: Float>(
             let seen = seen(shape, hidden + first + r, k_first, keys);
             let row = &mut s[r * keys..(r + 1) * keys];
             let out = &mut block.out[r * width + head * head_dim..][..head_dim];
-            simd(|| {
+            simd!({
                 if let Some(cap) = soft_cap {
                     cap_scores(cap, &mut row[seen.clone()]);
                 }
@@ -300,7 +300,7 @@ impl Tile<'_> {
             let lse =
                 saved.lse[(self.span.q_start + self.first + r) * self.shape.heads + self.head];
             let (p, dp) = (&mut p[r * keys..(r + 1) * keys], &mut dp[r * keys..(r + 1) * keys]);
-            simd(|| {
+            simd!({
                 let (p, dp) = (&mut p[seen.clone()], &mut dp[seen.clone()]);
                 if let Some(cap) = soft_cap {
                     for (p, dp) in p.iter_mut().zip(dp) {

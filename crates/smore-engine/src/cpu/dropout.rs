@@ -13,7 +13,7 @@ pub(super) fn add<T: Float>(dropout: Dropout, x: &[T], y: &mut [T]) {
     let scale = T::from_f64(1.0 / (1.0 - dropout.rate));
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).enumerate().for_each(|(task, (y, x))| {
         let first = dropout.first + (task * CHUNK) as u64;
-        simd(|| {
+        simd!({
             for (i, (y, &x)) in y.iter_mut().zip(x).enumerate() {
                 let kept = mix(dropout.key, first + i as u64) >> 32 >= limit;
                 *y += if kept { x * scale } else { T::ZERO };

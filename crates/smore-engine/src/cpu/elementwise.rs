@@ -10,7 +10,7 @@ pub(super) const CHUNK: usize = 1 << 14;
 /// x = cap tanh(x / cap)
 pub(super) fn soft_cap<T: Float>(cap: T, x: &mut [T]) {
     x.par_chunks_mut(CHUNK).for_each(|x| {
-        simd(|| {
+        simd!({
             for x in x {
                 *x = cap * (*x / cap).tanh();
             }
@@ -21,7 +21,7 @@ pub(super) fn soft_cap<T: Float>(cap: T, x: &mut [T]) {
 pub(super) fn add<T: Float>(x: &[T], y: &mut [T]) {
     assert_eq!(x.len(), y.len(), "add shapes");
     y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
-        simd(|| {
+        simd!({
             for (y, &x) in y.iter_mut().zip(x) {
                 *y += x;
             }
@@ -31,7 +31,7 @@ pub(super) fn add<T: Float>(x: &[T], y: &mut [T]) {
 
 pub(super) fn add_row<T: Float>(row: &[T], y: &mut [T]) {
     y.par_chunks_mut(row.len()).for_each(|y| {
-        simd(|| {
+        simd!({
             for (y, &x) in y.iter_mut().zip(row) {
                 *y += x;
             }
@@ -45,7 +45,7 @@ pub(super) fn sum_rows<T: Float>(y: &[T], sum: &mut [T]) {
     let d = sum.len();
     sum.par_chunks_mut(COLUMNS).enumerate().for_each(|(task, sum)| {
         let first = task * COLUMNS;
-        simd(|| {
+        simd!({
             for row in y.chunks_exact(d) {
                 for (s, &x) in sum.iter_mut().zip(&row[first..]) {
                     *s += x;
@@ -58,14 +58,14 @@ pub(super) fn sum_rows<T: Float>(y: &[T], sum: &mut [T]) {
 pub(super) fn sum_squares<T: Float>(x: &[T]) -> f64 {
     let parts: Vec<f64> = x
         .par_chunks(CHUNK)
-        .map(|x| simd(|| x.chunks(256).map(|part| dot(part, part).to_f64()).sum()))
+        .map(|x| simd!(x.chunks(256).map(|part| dot(part, part).to_f64()).sum()))
         .collect();
     parts.iter().sum()
 }
 
 pub(super) fn scale<T: Float>(factor: T, x: &mut [T]) {
     x.par_chunks_mut(CHUNK).for_each(|x| {
-        simd(|| {
+        simd!({
             for x in x {
                 *x *= factor;
             }

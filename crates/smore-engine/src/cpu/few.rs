@@ -122,7 +122,7 @@ fn group<T: Float, const R: usize>(
     }
     let n = x.len() / d_in;
     for (row, out) in rows.into_iter().zip(out.chunks_exact_mut(n)) {
-        simd(|| {
+        simd!({
             for (x, out) in x.chunks_exact(d_in).zip(out) {
                 *out = match stored {
                     Stored::Own => dot(bytemuck::cast_slice(row), x, |w| w),

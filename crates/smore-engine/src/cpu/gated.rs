@@ -68,7 +68,7 @@ fn forward_with<T: Float, A: Act>(gate: &[T], up: &[T], y: &mut [T]) {
     (y.par_chunks_mut(CHUNK), gate.par_chunks(CHUNK), up.par_chunks(CHUNK))
         .into_par_iter()
         .for_each(|(y, gate, up)| {
-            simd(|| {
+            simd!({
                 for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
                     *y = A::value(g) * u;
                 }
@@ -100,7 +100,7 @@ fn backward_with<T: Float, A: Act>(gate: &[T], up: &[T], dy: &[T], dgate: &mut [
     )
         .into_par_iter()
         .for_each(|(dgate, dup, gate, up, dy)| {
-            simd(|| {
+            simd!({
                 let values = gate.iter().zip(up).zip(dy);
                 for ((dg, du), ((&g, &u), &dy)) in dgate.iter_mut().zip(dup).zip(values) {
                     let (value, slope) = A::value_and_slope(g);

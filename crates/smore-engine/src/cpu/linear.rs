@@ -104,7 +104,7 @@ fn as_elements<T: Float>(w: &HostMatrix, first: usize, rows: usize) -> Option<&[
 /// Writes the rows from `first` on into `out`, as many as fit.
 pub(super) fn widen<T: Float>(w: &HostMatrix, first: usize, out: &mut [T]) {
     let bytes = w.row_bytes(first, out.len() / w.cols);
-    simd(|| match w.dtype {
+    simd!(match w.dtype {
         Dtype::F32 => {
             for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
                 *o = T::from_f32(f32::from_le_bytes(*b));

@@ -67,7 +67,7 @@ fn nll<T: Float>(row: &mut [T], target: usize, settings: CrossEntropy, gradient:
     let Some(cap) = settings.soft_cap.map(T::from_f64) else {
         return softmax_nll(row, target, settings, gradient);
     };
-    simd(|| {
+    simd!({
         for x in row.iter_mut() {
             *x = cap * (*x / cap).tanh();
         }
@@ -75,7 +75,7 @@ fn nll<T: Float>(row: &mut [T], target: usize, settings: CrossEntropy, gradient:
     let slopes: Vec<T> = row.iter().map(|&x| T::ONE - (x / cap) * (x / cap)).collect();
     let loss = softmax_nll(row, target, settings, gradient);
     if gradient {
-        simd(|| {
+        simd!({
             for (x, &slope) in row.iter_mut().zip(&slopes) {
                 *x *= slope;
             }
@@ -95,7 +95,7 @@ fn softmax_nll<T: Float>(
     let CrossEntropy { label_smoothing, scale, .. } = settings;
     let at_target = row[target];
     let mean = if label_smoothing > 0.0 { mean(row) } else { 0.0 };
-    let (max, sum) = simd(|| {
+    let (max, sum) = simd!({
         let max = row.iter().fold(row[0], |m, &x| m.max_of(x));
         let mut sum = 0.0;
         // Sums of a few hundred terms in T, those in f64: close to a sum in f64, at vector speed.
@@ -113,7 +113,7 @@ fn softmax_nll<T: Float>(
     if gradient {
         let factor = T::from_f64(scale / sum);
         let spread = T::from_f64(scale * label_smoothing / row.len() as f64);
-        simd(|| {
+        simd!({
             if label_smoothing > 0.0 {
                 for x in row.iter_mut() {
                     *x = *x * factor - spread;
@@ -137,7 +137,7 @@ fn softmax_nll<T: Float>(
 
 /// The mean in f64, of sums of a few hundred terms in T.
 fn mean<T: Float>(row: &[T]) -> f64 {
-    let sum: f64 = simd(|| {
+    let sum: f64 = simd!({
         let part = |part: &[T]| part.iter().fold(T::ZERO, |sum, &x| sum + x).to_f64();
         row.chunks(256).map(part).sum()
     });

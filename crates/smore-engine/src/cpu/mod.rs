@@ -25,7 +25,7 @@ mod simd;
 pub use few::chosen_rows;
 pub use gemm::{Strided, StridedMut, gemm};
 pub use loss::logit_rows;
-pub use simd::{dot, simd};
+pub use simd::{dispatch, dot, simd};
 
 use crate::{
     AdamW, AttentionShape, CrossEntropy, Device, Dropout, Float, GateActivation, HostMatrix, Mat,

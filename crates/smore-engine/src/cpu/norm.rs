@@ -20,7 +20,7 @@ pub(super) fn forward<T: Float>(
     (y.par_chunks_mut(ROWS * d), inv_rms.par_chunks_mut(ROWS), x.par_chunks(ROWS * d))
         .into_par_iter()
         .for_each(|(y, inv_rms, x)| {
-            simd(|| {
+            simd!({
                 let rows = x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(inv_rms);
                 for ((x, y), inv) in rows {
                     *inv = T::ONE / (dot(x, x) / width + eps).sqrt();
@@ -54,7 +54,7 @@ pub(super) fn backward<T: Float>(
     )
         .into_par_iter()
         .for_each(|(dx, dy, x, inv_rms)| {
-            simd(|| {
+            simd!({
                 let rows = dx.chunks_exact_mut(d).zip(dy.chunks_exact(d));
                 for ((dx, dy), (x, &inv)) in rows.zip(x.chunks_exact(d).zip(inv_rms)) {
                     let mut sum = T::ZERO;

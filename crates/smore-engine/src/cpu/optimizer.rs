@@ -27,7 +27,7 @@ pub(super) fn adamw<T: Float>(
     )
         .into_par_iter()
         .for_each(|(values, grads, m, v)| {
-            simd(|| {
+            simd!({
                 let moments = m.iter_mut().zip(v);
                 for ((p, &g), (m, v)) in values.iter_mut().zip(grads).zip(moments) {
                     *m = b1 * *m + c1 * g;

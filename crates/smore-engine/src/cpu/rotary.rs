@@ -17,7 +17,7 @@ pub(super) fn rotate<T: Float>(
     let sign = if inverse { -T::ONE } else { T::ONE };
     x.par_chunks_mut(width).zip(positions).for_each(|(row, &position)| {
         let (cos, sin) = table[position as usize * head_dim..][..head_dim].split_at(half);
-        simd(|| {
+        simd!({
             for head in row.chunks_exact_mut(head_dim) {
                 let (a, b) = head.split_at_mut(half);
                 for ((a, b), (&c, &s)) in a.iter_mut().zip(b).zip(cos.iter().zip(sin)) {

@@ -11,7 +11,7 @@ const TASK: usize = 1 << 14;
 pub(super) fn scale<T: Float>(weights: &[T], x: &mut [T]) {
     let Some((d, rows)) = tasks(x.len(), weights.len()) else { return };
     x.par_chunks_mut(rows * d).zip(weights.par_chunks(rows)).for_each(|(x, weights)| {
-        simd(|| {
+        simd!({
             for (x, &w) in x.chunks_exact_mut(d).zip(weights) {
                 for x in x {
                     *x *= w;
@@ -28,7 +28,7 @@ pub(super) fn dots<T: Float>(x: &[T], y: &[T], dots: &mut [T]) {
     (dots.par_chunks_mut(rows), x.par_chunks(rows * d), y.par_chunks(rows * d))
         .into_par_iter()
         .for_each(|(dots, x, y)| {
-            simd(|| {
+            simd!({
                 let pairs = x.chunks_exact(d).zip(y.chunks_exact(d));
                 for (sum, (x, y)) in dots.iter_mut().zip(pairs) {
                     *sum += dot(x, y);

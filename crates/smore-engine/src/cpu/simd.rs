@@ -3,17 +3,33 @@
 
 use crate::Float;
 
-/// Runs `f` compiled for the widest vector unit of this machine. Everything called inside must be
+/// The expression, compiled for the widest vector unit of this machine. Functions called in it must be
 /// `#[inline(always)]` to profit.
+///
+/// A macro, since the closure must be inlined too: left to itself the compiler keeps a long one as a
+/// function of its own, for the narrowest unit that a portable build knows.
+#[macro_export]
+macro_rules! simd {
+    ($body:expr) => {
+        $crate::cpu::dispatch(
+            #[inline(always)]
+            || $body,
+        )
+    };
+}
+pub use simd;
+
+/// What [`simd!`](crate::simd!) calls.
+#[doc(hidden)]
 #[inline]
-pub fn simd<R>(f: impl FnOnce() -> R) -> R {
+pub fn dispatch<R>(f: impl FnOnce() -> R) -> R {
     pulp::Arch::new().dispatch(f)
 }
 
 /// Lanes of a reduction: enough for four AVX2 registers, and a fixed summation order everywhere.
 const LANES: usize = 32;
 
-/// Sum of a_i b_i. Call it inside [`simd`].
+/// Sum of a_i b_i. Call it inside [`simd!`](crate::simd!).
 #[inline(always)]
 pub fn dot<T: Float>(a: &[T], b: &[T]) -> T {
     let mut lanes = [T::ZERO; LANES];
