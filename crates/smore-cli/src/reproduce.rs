@@ -42,6 +42,9 @@ struct PilotArgs {
     /// Ask on these tasks alone; may be given several times
     #[arg(long, value_parser = family)]
     family: Vec<Family>,
+    /// Choose every contender's learning rate among these; may be given several times
+    #[arg(long, value_name = "RATE")]
+    learning_rate: Vec<f64>,
     /// Folder to write, or of a study to go on with
     #[arg(long, default_value = "runs/pilot")]
     output: PathBuf,
@@ -62,6 +65,11 @@ fn pilot(args: &PilotArgs) -> Result<()> {
     study.seeds = args.seeds.unwrap_or(study.seeds);
     study.train = args.samples.map_or(study.train, |n| n as usize);
     study.held_out = args.questions.map_or(study.held_out, |n| n as usize);
+    if !args.learning_rate.is_empty() {
+        let wrong = args.learning_rate.iter().find(|rate| !(**rate > 0.0 && **rate < 1.0));
+        anyhow::ensure!(wrong.is_none(), "--learning-rate is a number between 0 and 1");
+        study.learning_rates.clone_from(&args.learning_rate);
+    }
     if !args.family.is_empty() {
         study.families.clone_from(&args.family);
     }

@@ -36,6 +36,12 @@ fn a_study_ends_with_a_page_and_goes_on_where_it_stopped() {
             assert_eq!(a[key], b[key], "{key}");
         }
     }
+    let args = "reproduce pilot --quick --family desk --samples 16 --questions 4 --seeds 2 \
+                --learning-rate 5e-3 --output other --json";
+    let args: Vec<&str> = args.split_whitespace().collect();
+    let output = smore(dir.path(), &args).assert().success().get_output().stdout.clone();
+    let other: Value = serde_json::from_slice(&output).unwrap();
+    assert!(other["rows"].as_array().unwrap().iter().all(|row| row["learning_rate"] == 5e-3));
     let said = refused(dir.path(), &["reproduce", "pilot"]);
     assert!(said.contains("choose another folder"), "{said}");
     let wrong = ["reproduce", "pilot", "--family", "pears"];

@@ -62,7 +62,7 @@ impl Study {
             contenders: Contender::ALL.to_vec(),
             families: Family::ALL.to_vec(),
             seeds: 5,
-            learning_rates: vec![1e-3, 2e-3, 4e-3],
+            learning_rates: vec![1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
             train: 2000,
             held_out: 180,
             epochs: 2.0,
