@@ -82,6 +82,9 @@ pub(crate) fn run(args: &Args) -> Result<()> {
             *pace = Pace::measure(work, budgets[i]).map_err(wrong)?;
         }
     }
+    if timed && paces[0].is_none() && !args.json {
+        eprintln!("time is measured of adapters alone, not of training the base itself");
+    }
     let found = match args.budget {
         Some(budget) => {
             let timing = paces[0].map(|pace| Timing {
