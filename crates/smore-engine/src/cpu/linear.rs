@@ -3,9 +3,12 @@
 use super::Cpu;
 use super::few;
 use super::gemm::{Strided, StridedMut, gemm};
-#[cfg(target_arch = "x86_64")]
-use super::packed;
 use super::simd::simd;
+#[cfg(target_arch = "x86_64")]
+use super::{
+    packed,
+    packing::{Right, Words},
+};
 use crate::{Dtype, Float, HostMatrix, MatrixRef};
 use rayon::prelude::*;
 
@@ -26,8 +29,8 @@ pub(super) fn forward<T: Float>(
         return few::forward(x, w, y, n, accumulate);
     }
     #[cfg(target_arch = "x86_64")]
-    if let Some((x, w, y)) = packed_operands(x, w, y) {
-        return packed::product(x, w, y, n, accumulate);
+    if let Some((words, x, w, y)) = packed_operands(x, w, y) {
+        return packed::product(words, x, Right { w, transposed: true }, y, n, accumulate);
     }
     let beta = if accumulate { T::ONE } else { T::ZERO };
     let x = Strided::new(x, n, d_in);
@@ -41,6 +44,10 @@ pub(super) fn forward<T: Float>(
 pub(super) fn backward<T: Float>(dy: &[T], w: &MatrixRef<Cpu<T>>, dx: &mut [T], n: usize) {
     let (d_out, d_in) = shape(w);
     assert_eq!((dy.len(), dx.len()), (n * d_out, n * d_in), "linear shapes");
+    #[cfg(target_arch = "x86_64")]
+    if let Some((Words::Pairs, dy, w, dx)) = packed_operands(dy, w, dx) {
+        return packed::product(Words::Pairs, dy, Right { w, transposed: false }, dx, n, true);
+    }
     for_panels(w, |first, panel| {
         let rows = panel.len() / d_in;
         let a = Strided::rows_apart(&dy[first..], n, rows, d_out);
@@ -66,12 +73,13 @@ fn packed_operands<'a, T: Float>(
     x: &'a [T],
     w: &'a MatrixRef<Cpu<T>>,
     y: &'a mut [T],
-) -> Option<(&'a [f32], &'a HostMatrix, &'a mut [f32])> {
+) -> Option<(Words, &'a [f32], &'a HostMatrix, &'a mut [f32])> {
     let MatrixRef::Frozen(w) = w else { return None };
-    if size_of::<T>() != size_of::<f32>() || w.dtype == Dtype::F32 || !packed::available() {
+    if size_of::<T>() != size_of::<f32>() || w.dtype == Dtype::F32 {
         return None;
     }
-    Some((bytemuck::cast_slice(x), w, bytemuck::cast_slice_mut(y)))
+    let words = packed::words(w.dtype)?;
+    Some((words, bytemuck::cast_slice(x), w, bytemuck::cast_slice_mut(y)))
 }
 
 /// Calls `f(first row, rows as T)` over all of W: in one piece where it already lies in memory as
@@ -201,8 +209,10 @@ mod tests {
                 let x: Vec<f32> = (0..n * d_in).map(|i| value(i * 7 + 3)).collect();
                 let mut y = vec![1f32; n * d_out];
                 forward(&x, &MatrixRef::Frozen(&host), &mut y, n, true);
+                // Of 8 bits, as x and W are, which every kind of product takes as they are.
+                let dy: Vec<f32> = y.iter().map(|&y| half::bf16::from_f32(y).to_f32()).collect();
                 let mut dx = vec![2f32; n * d_in];
-                backward(&y, &MatrixRef::Frozen(&host), &mut dx, n);
+                backward(&dy, &MatrixRef::Frozen(&host), &mut dx, n);
                 for i in 0..n {
                     for o in 0..d_out {
                         let sum: f64 =
@@ -210,8 +220,9 @@ mod tests {
                         assert!((f64::from(y[i * d_out + o]) - 1.0 - sum).abs() < 1e-5);
                     }
                     for j in 0..d_in {
-                        let sum: f64 =
-                            (0..d_out).map(|o| f64::from(y[i * d_out + o]) * w[o * d_in + j]).sum();
+                        let sum: f64 = (0..d_out)
+                            .map(|o| f64::from(dy[i * d_out + o]) * w[o * d_in + j])
+                            .sum();
                         assert!((f64::from(dx[i * d_in + j]) - 2.0 - sum).abs() < 1e-3);
                     }
                 }

@@ -18,6 +18,8 @@ mod norm;
 mod optimizer;
 #[cfg(target_arch = "x86_64")]
 mod packed;
+#[cfg(target_arch = "x86_64")]
+mod packing;
 mod rotary;
 mod rows;
 mod simd;
