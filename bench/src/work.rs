@@ -64,8 +64,16 @@ fn weight(dtype: Precision, rows: usize, cols: usize) -> HostMatrix {
     if dtype == Precision::Bfloat16 { host.to_bf16() } else { host }
 }
 
+/// As `bf16` in a recipe: weights and products.
+fn device(dtype: Precision) -> Cpu<f32> {
+    match dtype {
+        Precision::Float32 => Cpu::new(),
+        Precision::Bfloat16 => Cpu::mixed(),
+    }
+}
+
 fn gemm(dtype: Precision, m: usize, n: usize, k: usize) -> Work {
-    let device = Cpu::<f32>::new();
+    let device = device(dtype);
     let (w, x) = (device.weight(weight(dtype, n, k)), floats(m * k, 2));
     let mut y = vec![0.0; m * n];
     Box::new(move || {
@@ -76,7 +84,7 @@ fn gemm(dtype: Precision, m: usize, n: usize, k: usize) -> Work {
 }
 
 fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize) -> Result<Work> {
-    let device = Cpu::<f32>::new();
+    let device = device(dtype);
     let adapter: Option<AnyAdapter> = match adapter {
         Adapter::None => None,
         _ => match serde_json::from_value(adapter.config(&crate::case::ffn())?)? {
@@ -130,7 +138,7 @@ fn model(
         Adapters::new(&config, &opened.spec).map_err(anyhow::Error::msg)?
     };
     let values = floats(adapters.init(1).len(), 6).iter().map(|v| v * 0.02).collect::<Vec<_>>();
-    Ok(Model::new(Cpu::new(), &opened, adapters, &values, context))
+    Ok(Model::new(device(dtype), &opened, adapters, &values, context))
 }
 
 fn training_step(step: &Step) -> Result<Work> {

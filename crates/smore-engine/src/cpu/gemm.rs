@@ -1,6 +1,11 @@
 //! Matrix products: the `gemm` crate behind checked, strided views of slices.
 
 use super::Cpu;
+#[cfg(target_arch = "x86_64")]
+use super::{
+    packed,
+    packing::{Operand, Words},
+};
 use crate::{Float, Mat};
 
 /// A matrix operand inside a slice.
@@ -41,6 +46,16 @@ impl<'a, T> Strided<'a, T> {
         }
     }
 
+    /// The same in f32, if `T` is that.
+    pub(super) fn cast(self) -> Option<Strided<'a, f32>>
+    where
+        T: Float,
+    {
+        let Self { data, rows, cols, row_stride, col_stride } = self;
+        let data = (size_of::<T>() == size_of::<f32>()).then(|| bytemuck::cast_slice(data))?;
+        Some(Strided { data, rows, cols, row_stride, col_stride })
+    }
+
     fn check(&self) {
         let last = self.rows.saturating_sub(1) * self.row_stride
             + self.cols.saturating_sub(1) * self.col_stride;
@@ -67,6 +82,20 @@ pub struct StridedMut<'a, T> {
 }
 
 impl<'a, T> StridedMut<'a, T> {
+    /// As [`Strided::cast`].
+    pub(super) fn cast(self) -> Option<StridedMut<'a, f32>>
+    where
+        T: Float,
+    {
+        let Self { data, rows, cols, row_stride } = self;
+        let data = (size_of::<T>() == size_of::<f32>()).then(|| bytemuck::cast_slice_mut(data))?;
+        Some(StridedMut { data, rows, cols, row_stride })
+    }
+
+    pub(super) fn check(&self) {
+        Strided::rows_apart(self.data, self.rows, self.cols, self.row_stride).check();
+    }
+
     /// `rows` x `cols`, rows one after the other.
     pub fn new(data: &'a mut [T], rows: usize, cols: usize) -> Self {
         Self { data, rows, cols, row_stride: cols }
@@ -91,6 +120,30 @@ pub(super) fn operand<'a, T: Float>(m: &Mat<'a, Cpu<T>>) -> Strided<'a, T> {
 /// Below this many multiplications one thread is faster than waking others.
 const PARALLEL_FROM: usize = 1 << 18;
 
+/// As [`gemm`] on several threads, in bf16 with sums in f32 where `mixed` and that is faster here.
+pub(super) fn product<T: Float>(
+    mixed: bool,
+    alpha: T,
+    a: Strided<T>,
+    b: Strided<T>,
+    beta: T,
+    c: StridedMut<T>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if mixed
+        && (beta == T::ZERO || beta == T::ONE)
+        && c.rows * c.cols * a.cols >= PARALLEL_FROM
+        && packed::pairs_are_faster()
+        && let Some(left) = a.cast().and_then(Operand::rows_of)
+        && let Some(right) = b.t().cast().and_then(Operand::rows_of)
+    {
+        let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
+        return packed::product(Words::Pairs, alpha, left, right, c, beta == T::ONE);
+    }
+    let _ = mixed;
+    gemm(true, alpha, a, b, beta, c);
+}
+
 /// C = alpha A B + beta C; with beta = 0, C is not read. `parallel` allows several threads.
 ///
 /// # Panics
@@ -110,7 +163,7 @@ pub fn gemm<T: Float>(
     }
     a.check();
     b.check();
-    Strided::rows_apart(c.data, m, n, c.row_stride).check();
+    c.check();
     let threads = if parallel && m * n * k >= PARALLEL_FROM {
         gemm::Parallelism::Rayon(0)
     } else {

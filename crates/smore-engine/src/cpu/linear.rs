@@ -2,13 +2,12 @@
 
 use super::Cpu;
 use super::few;
-use super::gemm::{Strided, StridedMut, gemm};
-use super::simd::simd;
+use super::gemm::{Strided, StridedMut, product};
 #[cfg(target_arch = "x86_64")]
-use super::{
-    packed,
-    packing::{Right, Words},
-};
+use super::packed;
+#[cfg(target_arch = "x86_64")]
+use super::packing::{Operand, Words};
+use super::simd::simd;
 use crate::{Dtype, Float, HostMatrix, MatrixRef};
 use rayon::prelude::*;
 
@@ -16,44 +15,66 @@ use rayon::prelude::*;
 /// than the memory for many (docs/performance.md).
 const PANEL_ROWS: usize = 1024;
 
-pub(super) fn forward<T: Float>(
-    x: &[T],
-    w: &MatrixRef<Cpu<T>>,
-    y: &mut [T],
-    n: usize,
-    accumulate: bool,
-) {
-    let (d_out, d_in) = shape(w);
-    assert_eq!((x.len(), y.len()), (n * d_in, n * d_out), "linear shapes");
-    if n <= few::FEW_TOKENS {
-        return few::forward(x, w, y, n, accumulate);
+impl<T: Float> Cpu<T> {
+    /// y = x W^T, + y where `accumulate`.
+    pub(super) fn forward(
+        self,
+        x: &[T],
+        w: &MatrixRef<Self>,
+        y: &mut [T],
+        n: usize,
+        accumulate: bool,
+    ) {
+        let (d_out, d_in) = shape(w);
+        assert_eq!((x.len(), y.len()), (n * d_in, n * d_out), "linear shapes");
+        if n <= few::FEW_TOKENS {
+            return few::forward(x, w, y, n, accumulate);
+        }
+        let x = Strided::new(x, n, d_in);
+        let beta = if accumulate { T::ONE } else { T::ZERO };
+        #[cfg(target_arch = "x86_64")]
+        if let Some((words, host)) = self.packed_weight(w) {
+            let a = x.cast().and_then(Operand::rows_of).expect("rows of f32");
+            let (b, c) = (Operand::rows_of_weight(host), StridedMut::new(y, n, d_out).cast());
+            return packed::product(words, 1.0, a, b, c.expect("f32"), accumulate);
+        }
+        for_panels(w, |first, panel| {
+            let rows = panel.len() / d_in;
+            let c = StridedMut::rows_apart(&mut y[first..], n, rows, d_out);
+            product(self.mixed, T::ONE, x, Strided::new(panel, rows, d_in).t(), beta, c);
+        });
     }
-    #[cfg(target_arch = "x86_64")]
-    if let Some((words, x, w, y)) = packed_operands(x, w, y) {
-        return packed::product(words, x, Right { w, transposed: true }, y, n, accumulate);
-    }
-    let beta = if accumulate { T::ONE } else { T::ZERO };
-    let x = Strided::new(x, n, d_in);
-    for_panels(w, |first, panel| {
-        let rows = panel.len() / d_in;
-        let c = StridedMut::rows_apart(&mut y[first..], n, rows, d_out);
-        gemm(true, T::ONE, x, Strided::new(panel, rows, d_in).t(), beta, c);
-    });
-}
 
-pub(super) fn backward<T: Float>(dy: &[T], w: &MatrixRef<Cpu<T>>, dx: &mut [T], n: usize) {
-    let (d_out, d_in) = shape(w);
-    assert_eq!((dy.len(), dx.len()), (n * d_out, n * d_in), "linear shapes");
-    #[cfg(target_arch = "x86_64")]
-    if let Some((Words::Pairs, dy, w, dx)) = packed_operands(dy, w, dx) {
-        return packed::product(Words::Pairs, dy, Right { w, transposed: false }, dx, n, true);
+    /// dx += dy W.
+    pub(super) fn backward(self, dy: &[T], w: &MatrixRef<Self>, dx: &mut [T], n: usize) {
+        let (d_out, d_in) = shape(w);
+        assert_eq!((dy.len(), dx.len()), (n * d_out, n * d_in), "linear shapes");
+        #[cfg(target_arch = "x86_64")]
+        if let Some((words @ Words::Pairs, host)) = self.packed_weight(w) {
+            let dy = Strided::new(dy, n, d_out).cast();
+            let a = dy.and_then(Operand::rows_of).expect("rows of f32");
+            let (b, c) = (Operand::columns_of_weight(host), StridedMut::new(dx, n, d_in).cast());
+            return packed::product(words, 1.0, a, b, c.expect("f32"), true);
+        }
+        for_panels(w, |first, panel| {
+            let rows = panel.len() / d_in;
+            let a = Strided::rows_apart(&dy[first..], n, rows, d_out);
+            let c = StridedMut::new(dx, n, d_in);
+            product(self.mixed, T::ONE, a, Strided::new(panel, rows, d_in), T::ONE, c);
+        });
     }
-    for_panels(w, |first, panel| {
-        let rows = panel.len() / d_in;
-        let a = Strided::rows_apart(&dy[first..], n, rows, d_out);
-        let c = StridedMut::new(dx, n, d_in);
-        gemm(true, T::ONE, a, Strided::new(panel, rows, d_in), T::ONE, c);
-    });
+
+    /// A frozen W in 16 bits that a kernel of our own reads as it is, and in which words.
+    #[cfg(target_arch = "x86_64")]
+    fn packed_weight<'a>(self, w: &'a MatrixRef<Self>) -> Option<(Words, &'a HostMatrix)> {
+        let MatrixRef::Frozen(host) = w else { return None };
+        if size_of::<T>() != size_of::<f32>() || host.dtype == Dtype::F32 {
+            return None;
+        }
+        let mixed = self.mixed && host.dtype == Dtype::Bf16 && packed::pairs_are_faster();
+        let words = if mixed { Words::Pairs } else { Words::Wide };
+        packed::available(words).then_some((words, host))
+    }
 }
 
 pub(super) fn shape<T: Float>(w: &MatrixRef<Cpu<T>>) -> (usize, usize) {
@@ -64,22 +85,6 @@ pub(super) fn shape<T: Float>(w: &MatrixRef<Cpu<T>>) -> (usize, usize) {
             (*rows, *cols)
         }
     }
-}
-
-/// The operands of a product for which there is a kernel of our own: weights in 16 bits, on this
-/// processor.
-#[cfg(target_arch = "x86_64")]
-fn packed_operands<'a, T: Float>(
-    x: &'a [T],
-    w: &'a MatrixRef<Cpu<T>>,
-    y: &'a mut [T],
-) -> Option<(Words, &'a [f32], &'a HostMatrix, &'a mut [f32])> {
-    let MatrixRef::Frozen(w) = w else { return None };
-    if size_of::<T>() != size_of::<f32>() || w.dtype == Dtype::F32 {
-        return None;
-    }
-    let words = packed::words(w.dtype)?;
-    Some((words, bytemuck::cast_slice(x), w, bytemuck::cast_slice_mut(y)))
 }
 
 /// Calls `f(first row, rows as T)` over all of W: in one piece where it already lies in memory as
@@ -186,7 +191,8 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut y = vec![0f32; d_out];
-            pool.install(|| forward(&x, &MatrixRef::Frozen(&host), &mut y, 1, false));
+            let w = MatrixRef::Frozen(&host);
+            pool.install(|| Cpu::new().forward(&x, &w, &mut y, 1, false));
             y
         };
         let all = run(1);
@@ -208,11 +214,9 @@ mod tests {
                 widen(&host, 0, &mut w);
                 let x: Vec<f32> = (0..n * d_in).map(|i| value(i * 7 + 3)).collect();
                 let mut y = vec![1f32; n * d_out];
-                forward(&x, &MatrixRef::Frozen(&host), &mut y, n, true);
-                // Of 8 bits, as x and W are, which every kind of product takes as they are.
-                let dy: Vec<f32> = y.iter().map(|&y| half::bf16::from_f32(y).to_f32()).collect();
+                Cpu::new().forward(&x, &MatrixRef::Frozen(&host), &mut y, n, true);
                 let mut dx = vec![2f32; n * d_in];
-                backward(&dy, &MatrixRef::Frozen(&host), &mut dx, n);
+                Cpu::new().backward(&y, &MatrixRef::Frozen(&host), &mut dx, n);
                 for i in 0..n {
                     for o in 0..d_out {
                         let sum: f64 =
@@ -220,9 +224,8 @@ mod tests {
                         assert!((f64::from(y[i * d_out + o]) - 1.0 - sum).abs() < 1e-5);
                     }
                     for j in 0..d_in {
-                        let sum: f64 = (0..d_out)
-                            .map(|o| f64::from(dy[i * d_out + o]) * w[o * d_in + j])
-                            .sum();
+                        let sum: f64 =
+                            (0..d_out).map(|o| f64::from(y[i * d_out + o]) * w[o * d_in + j]).sum();
                         assert!((f64::from(dx[i * d_in + j]) - 2.0 - sum).abs() < 1e-3);
                     }
                 }

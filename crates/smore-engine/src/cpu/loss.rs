@@ -18,6 +18,7 @@ pub fn logit_rows(vocabulary: usize) -> usize {
 }
 
 pub(super) fn cross_entropy<T: Float>(
+    device: Cpu<T>,
     h: &[T],
     targets: &[(u32, u32)],
     head: &MatrixRef<Cpu<T>>,
@@ -28,14 +29,16 @@ pub(super) fn cross_entropy<T: Float>(
     let (vocabulary, d) = linear::shape(head);
     let rows = logit_rows(vocabulary);
     let mut losses = Vec::with_capacity(targets.len());
+    let room = rows.min(targets.len());
+    let (mut x, mut logits) = (vec![T::ZERO; room * d], vec![T::ZERO; room * vocabulary]);
+    let mut slopes = dh.as_ref().map(|_| vec![T::ZERO; room * d]);
     for chunk in targets.chunks(rows) {
         let n = chunk.len();
-        let mut x = vec![T::ZERO; n * d];
+        let (x, logits) = (&mut x[..n * d], &mut logits[..n * vocabulary]);
         for (&(row, _), x) in chunk.iter().zip(x.chunks_exact_mut(d)) {
             x.copy_from_slice(&h[row as usize * d..][..d]);
         }
-        let mut logits = vec![T::ZERO; n * vocabulary];
-        linear::forward(&x, head, &mut logits, n, false);
+        device.forward(x, head, logits, n, false);
         let wanted = dh.is_some() || dhead.is_some();
         losses.par_extend(
             logits
@@ -43,9 +46,10 @@ pub(super) fn cross_entropy<T: Float>(
                 .zip(chunk)
                 .map(|(row, &(_, target))| nll(row, target as usize, loss, wanted)),
         );
-        if let Some(dh) = dh.as_deref_mut() {
-            let mut dx = vec![T::ZERO; n * d];
-            linear::backward(&logits, head, &mut dx, n);
+        if let (Some(dh), Some(slopes)) = (dh.as_deref_mut(), &mut slopes) {
+            let dx = &mut slopes[..n * d];
+            dx.fill(T::ZERO);
+            device.backward(logits, head, dx, n);
             for (&(row, _), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
                 let dh = &mut dh[row as usize * d..][..d];
                 for (dh, &dx) in dh.iter_mut().zip(dx) {
@@ -54,9 +58,9 @@ pub(super) fn cross_entropy<T: Float>(
             }
         }
         if let Some(dhead) = dhead.as_deref_mut() {
-            let dlogits = Strided::new(&logits, n, vocabulary).t();
+            let dlogits = Strided::new(logits, n, vocabulary).t();
             let out = StridedMut::new(dhead, vocabulary, d);
-            gemm(true, T::ONE, dlogits, Strided::new(&x, n, d), T::ONE, out);
+            gemm(true, T::ONE, dlogits, Strided::new(x, n, d), T::ONE, out);
         }
     }
     losses

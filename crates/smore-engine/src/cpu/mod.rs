@@ -37,12 +37,31 @@ use std::marker::PhantomData;
 
 /// The CPU, computing in `T`.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Cpu<T>(PhantomData<T>);
+pub struct Cpu<T> {
+    mixed: bool,
+    numbers: PhantomData<T>,
+}
 
 impl<T> Cpu<T> {
-    /// The machine's CPU.
+    /// The machine's CPU, with all products in `T`.
     pub fn new() -> Self {
-        Self(PhantomData)
+        Self { mixed: false, numbers: PhantomData }
+    }
+}
+
+impl Cpu<f32> {
+    /// As [`Cpu::new`], but factors of products are rounded to bf16, and sums kept in f32, where this
+    /// processor multiplies those faster. Few tokens and attention are computed in f32 all the same.
+    pub fn mixed() -> Self {
+        Self { mixed: true, numbers: PhantomData }
+    }
+
+    /// Whether products are in bf16 here.
+    pub fn rounds_factors(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.mixed && packed::pairs_are_faster();
+        #[cfg(not(target_arch = "x86_64"))]
+        return false;
     }
 }
 
@@ -101,7 +120,7 @@ impl<T: Float> Device for Cpu<T> {
         let (rows, cols, row_stride) = (c.rows, c.cols, c.row_stride);
         let data = Self::slice_mut(c.view);
         let c = StridedMut { data, rows, cols, row_stride };
-        gemm(true, T::from_f64(alpha), a, b, T::from_f64(beta), c);
+        gemm::product(self.mixed, T::from_f64(alpha), a, b, T::from_f64(beta), c);
     }
 
     fn linear(
@@ -112,11 +131,11 @@ impl<T: Float> Device for Cpu<T> {
         n: usize,
         accumulate: bool,
     ) {
-        linear::forward(Self::slice(x), &w, Self::slice_mut(y), n, accumulate);
+        self.forward(Self::slice(x), &w, Self::slice_mut(y), n, accumulate);
     }
 
     fn linear_backward(&self, dy: View<Self>, w: MatrixRef<Self>, dx: ViewMut<Self>, n: usize) {
-        linear::backward(Self::slice(dy), &w, Self::slice_mut(dx), n);
+        self.backward(Self::slice(dy), &w, Self::slice_mut(dx), n);
     }
 
     fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>) {
@@ -258,6 +277,7 @@ impl<T: Float> Device for Cpu<T> {
         dhead: Option<ViewMut<Self>>,
     ) -> Vec<f64> {
         loss::cross_entropy(
+            *self,
             Self::slice(h),
             targets,
             &head,

@@ -3,23 +3,25 @@
 #[allow(clippy::wildcard_imports, reason = "a kernel is written in them")]
 use std::arch::x86_64::*;
 
+use super::gemm::Strided;
 use crate::{Dtype, HostMatrix};
 
-/// Rows and columns of the tile whose sums stay in registers: 24 of 32.
-pub(super) const ROWS: usize = 12;
-pub(super) const COLS: usize = 32;
+/// Words of one register.
 pub(super) const LANES: usize = 16;
+/// Bytes by which reading along rows runs ahead: their next lines lie far from each other.
+const AHEAD: usize = 512;
 
-/// What one 32-bit lane of an operand holds.
+/// What one 32-bit word of a packed operand holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Words {
-    /// One element in f32, widened where W has 16 bits.
+    /// One element in f32.
     Wide,
     /// Two elements in bf16 that follow each other in depth.
     Pairs,
 }
 
 impl Words {
+    /// Elements of a word.
     pub(super) fn elements(self) -> usize {
         match self {
             Self::Wide => 1,
@@ -33,184 +35,219 @@ impl Words {
     }
 }
 
-/// The right operand: W or its transpose.
+/// An operand as lines of one depth: rows of the left one, columns of the right one.
 #[derive(Clone, Copy)]
-pub(super) struct Right<'a> {
-    pub(super) w: &'a HostMatrix,
-    pub(super) transposed: bool,
+pub(super) struct Operand<'a> {
+    bytes: &'a [u8],
+    dtype: Dtype,
+    pub(super) lines: usize,
+    pub(super) depth: usize,
+    /// Elements from one line to the next, and from one step of depth to the next: one of them is 1.
+    strides: (usize, usize),
 }
 
-impl Right<'_> {
-    pub(super) fn depth(&self) -> usize {
-        if self.transposed { self.w.cols } else { self.w.rows }
+impl<'a> Operand<'a> {
+    /// Lines are the rows of `m`; `None` where neither its rows nor its columns are contiguous.
+    pub(super) fn rows_of(m: Strided<'a, f32>) -> Option<Self> {
+        let strides = (m.row_stride, m.col_stride);
+        let bytes = bytemuck::cast_slice(m.data);
+        let operand = Self { bytes, dtype: Dtype::F32, lines: m.rows, depth: m.cols, strides };
+        (strides.0 == 1 || strides.1 == 1).then_some(operand)
     }
 
-    pub(super) fn cols(&self) -> usize {
-        if self.transposed { self.w.rows } else { self.w.cols }
+    /// Lines are the rows of W.
+    pub(super) fn rows_of_weight(w: &'a HostMatrix) -> Self {
+        let bytes = w.row_bytes(0, w.rows);
+        let (lines, depth) = (w.rows, w.cols);
+        Self { bytes, dtype: w.dtype, lines, depth, strides: (w.cols, 1) }
     }
+
+    /// Lines are the columns of W.
+    pub(super) fn columns_of_weight(w: &'a HostMatrix) -> Self {
+        let bytes = w.row_bytes(0, w.rows);
+        let (lines, depth) = (w.cols, w.rows);
+        Self { bytes, dtype: w.dtype, lines, depth, strides: (1, w.cols) }
+    }
+
+    /// Whether words of this kind can be made of the elements.
+    pub(super) fn fits(&self, words: Words) -> bool {
+        words == Words::Wide || self.dtype != Dtype::F16
+    }
+
+    /// # Panics
+    /// If strides reach past the bytes.
+    pub(super) fn check(&self) {
+        let (lines, depth) = (self.lines.max(1) - 1, self.depth.max(1) - 1);
+        let last = lines * self.strides.0 + depth * self.strides.1;
+        assert!((last + 1) * self.dtype.bytes() <= self.bytes.len(), "operand ends too early");
+    }
+
+    fn at(&self, line: usize, depth: usize) -> *const u8 {
+        let element = line * self.strides.0 + depth * self.strides.1;
+        self.bytes.as_ptr().wrapping_add(element * self.dtype.bytes())
+    }
+}
+
+/// A stretch of an operand's depth.
+#[derive(Clone, Copy)]
+pub(super) struct Stretch {
+    pub(super) first: usize,
+    /// Elements, not words.
+    pub(super) length: usize,
 }
 
 pub(super) fn mask(n: usize) -> __mmask16 {
     ((1u32 << n.min(LANES)) - 1) as __mmask16
 }
 
-/// For the elements of 16 words.
-fn mask_halves(n: usize) -> __mmask32 {
-    ((1u64 << n.min(2 * LANES)) - 1) as __mmask32
-}
-
-/// [rows, length] out of A as `[words, ROWS]`; rows that are missing stay what they are, and a pair's
-/// missing half is 0.
-///
-/// # Safety
-/// The processor has the words, and A so many rows and columns, `stride` apart.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn pack_left(
-    words: Words,
-    a: &[f32],
-    stride: usize,
-    rows: usize,
-    length: usize,
-    block: &mut [u32],
-) {
-    let elements = LANES * words.elements();
-    for (first, block) in (0..length).step_by(elements).zip(block.chunks_mut(LANES * ROWS)) {
-        let elements = elements.min(length - first);
-        // SAFETY: as promised by the caller.
-        unsafe {
-            let mut part = [_mm512_setzero_si512(); LANES];
-            for (r, part) in part.iter_mut().enumerate().take(rows) {
-                let at = &a[r * stride + first..][..elements];
-                *part = match words {
-                    Words::Wide => {
-                        _mm512_castps_si512(_mm512_maskz_loadu_ps(mask(elements), at.as_ptr()))
+/// Makes `pack`: at most 16 lines from `line` on as `[words, width]` in `to`, zeros where lines or
+/// halves of a pair are missing. `along` gives words that follow each other in a line, `across` one
+/// word of lines that follow each other.
+macro_rules! pack {
+    ($name:ident, $features:literal, $words:expr, $along:ident, $across:ident) => {
+        /// # Safety
+        /// The processor has the instructions, the operand was checked and has the stretch; `to` holds
+        /// `width` words from its start on for each word of the stretch, of which `lanes` are written.
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $name(
+            from: &Operand,
+            line: usize,
+            stretch: Stretch,
+            to: &mut [u32],
+            width: usize,
+            lanes: usize,
+        ) {
+            let Stretch { first, length } = stretch;
+            let lines = lanes.min(from.lines.saturating_sub(line));
+            let (seen, written) = (mask(lines), mask(lanes));
+            let elements = $words.elements();
+            assert!(to.len() + width >= $words.holding(length) * width + lanes, "room to pack in");
+            let mut to = to.as_mut_ptr();
+            if from.strides.1 == 1 {
+                let row = from.strides.0 * from.dtype.bytes();
+                for k in (0..length).step_by(LANES * elements) {
+                    let length = (length - k).min(LANES * elements);
+                    let start = from.at(line, first + k);
+                    let mut part = [_mm512_setzero_si512(); LANES];
+                    for r in 0..LANES {
+                        if r < lines {
+                            let at = start.wrapping_add(r * row);
+                            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                            // SAFETY: the elements are inside the line.
+                            part[r] = unsafe { $along(from.dtype, at, length) };
+                        }
                     }
-                    Words::Pairs => narrow(at),
-                };
+                    transpose(&mut part);
+                    for part in &part[..length.div_ceil(elements)] {
+                        // SAFETY: there is room, as asserted.
+                        unsafe { _mm512_mask_storeu_epi32(to.cast(), written, *part) };
+                        to = to.wrapping_add(width);
+                    }
+                }
+                return;
             }
-            transpose(&mut part);
-            for (part, to) in part.iter().zip(block.chunks_exact_mut(ROWS)) {
-                _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), mask(ROWS), *part);
-            }
-        }
-    }
-}
-
-/// Up to 32 elements rounded to bf16, to nearest, ties to even.
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn narrow(from: &[f32]) -> __m512i {
-    let (low, high) = (mask(from.len()), mask(from.len().saturating_sub(LANES)));
-    // SAFETY: masks keep to `from`, a pointer past it is not followed, and a register is a register.
-    unsafe {
-        let low = _mm512_maskz_loadu_ps(low, from.as_ptr());
-        let high = _mm512_maskz_loadu_ps(high, from.as_ptr().wrapping_add(LANES));
-        std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
-    }
-}
-
-/// The stretch of B from `first` on in its columns `col..` as `[words, COLS]`, zeros beyond B.
-///
-/// # Safety
-/// The processor has the words, and W 16 bits, in bf16 where words are pairs.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-pub(super) unsafe fn pack_right(
-    words: Words,
-    b: Right,
-    first: usize,
-    col: usize,
-    panel: &mut [u32],
-) {
-    // SAFETY: as promised by the caller.
-    unsafe {
-        if b.transposed {
-            pack_columns(words, b.w, first, col, panel);
-        } else {
-            assert_eq!(words, Words::Pairs, "rows are packed in pairs");
-            pack_rows(b.w, first, col, panel);
-        }
-    }
-}
-
-/// Of B = W^T: each column is a row of W, whose words lie one after the other.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn pack_columns(words: Words, w: &HostMatrix, first: usize, col: usize, panel: &mut [u32]) {
-    let elements = LANES * words.elements();
-    for (i, block) in panel.chunks_mut(LANES * COLS).enumerate() {
-        let from = first + i * elements;
-        let length = elements.min(w.cols - from);
-        for half in 0..2 {
-            let col = col + half * LANES;
-            let mut part = [_mm512_setzero_si512(); LANES];
-            for (j, part) in part.iter_mut().enumerate().take(w.rows.saturating_sub(col)) {
-                // SAFETY: the row is one of W's and the elements are inside it.
-                *part = unsafe { load(words, w, col + j, from, length) };
-            }
-            transpose(&mut part);
-            for (part, to) in part.iter().zip(block.chunks_exact_mut(COLS)) {
-                // SAFETY: `to` has two times LANES elements.
-                unsafe { _mm512_storeu_si512(to[half * LANES..].as_mut_ptr().cast(), *part) };
+            let row = from.strides.1 * from.dtype.bytes();
+            for k in (0..length).step_by(elements) {
+                let at = from.at(line, first + k);
+                let below = (k + 1 < length).then(|| at.wrapping_add(row));
+                // SAFETY: masks keep to the lines, which are inside the operand; there is room.
+                unsafe {
+                    let word = $across(from.dtype, at, below, seen);
+                    _mm512_mask_storeu_epi32(to.cast(), written, word);
+                }
+                to = to.wrapping_add(width);
             }
         }
-    }
+    };
 }
 
-/// Of B = W, in pairs: an element of a row with the one below it.
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn pack_rows(w: &HostMatrix, first: usize, col: usize, panel: &mut [u32]) {
-    // Low halves from one row and high halves from the next, of columns 0 to 15 and 16 to 31.
-    let (mut low, mut high) = ([0i16; 32], [0i16; 32]);
-    for lane in 0..LANES as i16 {
-        let at = 2 * lane as usize;
-        [low[at], low[at + 1]] = [lane, lane + 32];
-        [high[at], high[at + 1]] = [lane + 16, lane + 48];
-    }
-    // SAFETY: registers are as long as the arrays; masks keep to the rows of W.
-    unsafe {
-        let (low, high) =
-            (_mm512_loadu_si512(low.as_ptr().cast()), _mm512_loadu_si512(high.as_ptr().cast()));
-        let keep = mask_halves(w.cols - col);
-        for (i, to) in panel.chunks_exact_mut(COLS).enumerate() {
-            let row = |row: usize| match row < w.rows {
-                true => _mm512_maskz_loadu_epi16(keep, at(w, row, col)),
-                false => _mm512_setzero_si512(),
-            };
-            let (upper, lower) = (row(first + 2 * i), row(first + 2 * i + 1));
-            let to = to.as_mut_ptr();
-            _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(upper, low, lower));
-            _mm512_storeu_si512(
-                to.add(LANES).cast(),
-                _mm512_permutex2var_epi16(upper, high, lower),
-            );
-        }
-    }
-}
+pack!(pack_wide, "avx512f,avx512bw,avx512vl", Words::Wide, along_wide, across_wide);
+pack!(pack_pairs, "avx512f,avx512bw,avx512vl,avx512bf16", Words::Pairs, along_pairs, across_pairs);
 
-fn at(w: &HostMatrix, row: usize, col: usize) -> *const i16 {
-    w.row_bytes(row, 1)[col * w.dtype.bytes()..].as_ptr().cast()
-}
-
-/// `length` elements of a row of W from `col` on, in words.
-///
-/// # Safety
-/// They are inside the row and fill at most 16 words.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-unsafe fn load(words: Words, w: &HostMatrix, row: usize, col: usize, length: usize) -> __m512i {
-    let at = at(w, row, col);
+unsafe fn along_wide(dtype: Dtype, at: *const u8, length: usize) -> __m512i {
+    // SAFETY: as promised by the caller.
+    unsafe { across_wide(dtype, at, None, mask(length)) }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+unsafe fn across_wide(
+    dtype: Dtype,
+    at: *const u8,
+    _below: Option<*const u8>,
+    seen: __mmask16,
+) -> __m512i {
     // SAFETY: as promised by the caller; no load needs an alignment.
     unsafe {
-        match (words, w.dtype) {
-            (Words::Pairs, Dtype::Bf16) => _mm512_maskz_loadu_epi16(mask_halves(length), at),
-            (Words::Wide, Dtype::Bf16) => {
-                let half = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(length), at));
+        match dtype {
+            Dtype::F32 => _mm512_maskz_loadu_epi32(seen, at.cast()),
+            Dtype::Bf16 => {
+                let half = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(seen, at.cast()));
                 _mm512_slli_epi32::<16>(half)
             }
-            (Words::Wide, Dtype::F16) => {
-                _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask(length), at)))
+            Dtype::F16 => {
+                _mm512_castps_si512(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(seen, at.cast())))
             }
-            _ => unreachable!("W has 16 bits, in pairs those of bf16"),
         }
     }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn along_pairs(dtype: Dtype, at: *const u8, length: usize) -> __m512i {
+    // SAFETY: as promised by the caller; a register is a register.
+    unsafe {
+        match dtype {
+            Dtype::Bf16 => {
+                let seen = ((1u64 << length) - 1) as __mmask32;
+                _mm512_maskz_loadu_epi16(seen, at.cast())
+            }
+            Dtype::F32 => {
+                let at: *const f32 = at.cast();
+                let low = _mm512_maskz_loadu_ps(mask(length), at);
+                let beyond = mask(length.saturating_sub(LANES));
+                let high = _mm512_maskz_loadu_ps(beyond, at.wrapping_add(LANES));
+                std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+            }
+            Dtype::F16 => unreachable!("operands of pairs fit"),
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn across_pairs(
+    dtype: Dtype,
+    at: *const u8,
+    below: Option<*const u8>,
+    seen: __mmask16,
+) -> __m512i {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let upper = halves(dtype, at, seen);
+        let Some(below) = below else { return upper };
+        _mm512_or_si512(upper, _mm512_slli_epi32::<16>(halves(dtype, below, seen)))
+    }
+}
+
+/// 16 elements in bf16, each in the low half of a word.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+#[inline]
+unsafe fn halves(dtype: Dtype, at: *const u8, seen: __mmask16) -> __m512i {
+    // SAFETY: as promised by the caller; a register is a register.
+    let halves = unsafe {
+        match dtype {
+            Dtype::Bf16 => _mm256_maskz_loadu_epi16(seen, at.cast()),
+            Dtype::F32 => {
+                let wide = _mm512_maskz_loadu_ps(seen, at.cast());
+                std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(wide))
+            }
+            Dtype::F16 => unreachable!("operands of pairs fit"),
+        }
+    };
+    _mm512_cvtepu16_epi32(halves)
 }
 
 /// Transposes 16 x 16 elements.

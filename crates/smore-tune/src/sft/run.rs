@@ -361,7 +361,8 @@ fn build_model(
     values: &[f32],
     cutoff_len: usize,
 ) -> Result<(Model<Cpu<f32>>, usize)> {
-    let (device, train) = (Cpu::new(), &config.train);
+    let train = &config.train;
+    let device = if train.bf16 { Cpu::mixed() } else { Cpu::new() };
     let folder = if train.bf16 { folder.map(ModelFolder::in_bf16) } else { folder };
     let full = matches!(config.adapter, AdapterConfig::Full(_));
     let weights = folder.as_ref().filter(|_| !full).map_or(0, ModelFolder::bytes);
