@@ -120,6 +120,10 @@ pub(super) fn operand<'a, T: Float>(m: &Mat<'a, Cpu<T>>) -> Strided<'a, T> {
 /// Below this many multiplications one thread is faster than waking others.
 const PARALLEL_FROM: usize = 1 << 18;
 
+/// From this many rows, columns and depth on tiles of ours are filled well enough.
+#[cfg(target_arch = "x86_64")]
+const SLIM: usize = 32;
+
 /// As [`gemm`] on several threads, in bf16 with sums in f32 where `mixed` and that is faster here.
 pub(super) fn product<T: Float>(
     mixed: bool,
@@ -131,9 +135,9 @@ pub(super) fn product<T: Float>(
 ) {
     #[cfg(target_arch = "x86_64")]
     if mixed
-        && (beta == T::ZERO || beta == T::ONE)
-        && c.rows * c.cols * a.cols >= PARALLEL_FROM
         && packed::pairs_are_faster()
+        && (beta == T::ZERO || beta == T::ONE)
+        && [c.rows, c.cols, a.cols].into_iter().min() >= Some(SLIM)
         && let Some(left) = a.cast().and_then(Operand::rows_of)
         && let Some(right) = b.t().cast().and_then(Operand::rows_of)
     {

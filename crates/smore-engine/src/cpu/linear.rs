@@ -64,11 +64,11 @@ impl<T: Float> Cpu<T> {
         });
     }
 
-    /// A frozen W in 16 bits that a kernel of our own reads as it is, and in which words.
+    /// A frozen W that a kernel of our own reads as it is, and in which words.
     #[cfg(target_arch = "x86_64")]
     fn packed_weight<'a>(self, w: &'a MatrixRef<Self>) -> Option<(Words, &'a HostMatrix)> {
         let MatrixRef::Frozen(host) = w else { return None };
-        if size_of::<T>() != size_of::<f32>() || host.dtype == Dtype::F32 {
+        if size_of::<T>() != size_of::<f32>() {
             return None;
         }
         let mixed = self.mixed && host.dtype == Dtype::Bf16 && packed::pairs_are_faster();
