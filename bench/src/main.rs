@@ -40,6 +40,7 @@ pub(crate) struct Args {
 }
 
 fn main() -> Result<()> {
+    smore_engine::cpu::keep_freed_memory();
     let args = Args::parse();
     if args.worker {
         return work::serve();

@@ -18,8 +18,16 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// A frozen matrix, laid out as the device reads it best.
     type Weight: Send + Sync;
 
+    /// Does work of many operations where they start soonest: for a CPU, on one of the threads that
+    /// share them.
+    fn within<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        work()
+    }
+
     /// A buffer of `len` zeros.
     fn zeros(&self, len: usize) -> Self::Buf;
+    /// A buffer with the same elements.
+    fn copy(&self, view: View<Self>) -> Self::Buf;
     /// A buffer holding `host`.
     fn upload(&self, host: &[Self::Elem]) -> Self::Buf;
     /// The elements of a view.

@@ -129,9 +129,12 @@ fn forward_head<T: Float>(
         );
     }
     for r in 0..rows {
-        for o in &mut block.out[r * width + head * head_dim..][..head_dim] {
-            *o /= sum[r];
-        }
+        let out = &mut block.out[r * width + head * head_dim..][..head_dim];
+        simd!({
+            for o in out {
+                *o /= sum[r];
+            }
+        });
         block.lse[r * heads + head] = max[r] + sum[r].ln();
     }
 }
@@ -186,29 +189,42 @@ pub(super) fn backward<T: Float>(
         .into_par_iter()
         .map(|(span, kv_head)| backward_kv_head(shape, saved, dout, span, kv_head))
         .collect();
-    for part in parts {
-        let columns = part.kv_head * group * head_dim;
-        add_block(dq, heads * head_dim, part.span.q_start, columns, &part.dq, group * head_dim);
-        let (row, column) = (part.span.k_start, part.kv_head * head_dim);
-        add_block(dk, kv_heads * head_dim, row, column, &part.dk, head_dim);
-        add_block(dv, kv_heads * head_dim, row, column, &part.dv, head_dim);
-    }
+    let (q_width, width) = (group * head_dim, head_dim);
+    let head = |part: &HeadGrads<T>| part.kv_head * width;
+    add_parts(dq, heads * head_dim, q_width, &parts, |part| {
+        (part.span.q_start, part.kv_head * q_width, &part.dq)
+    });
+    let stride = kv_heads * head_dim;
+    add_parts(dk, stride, width, &parts, |part| (part.span.k_start, head(part), &part.dk));
+    add_parts(dv, stride, width, &parts, |part| (part.span.k_start, head(part), &part.dv));
 }
 
-fn add_block<T: Float>(
+/// Adds to `target`, of rows `stride` long, one block `[.., width]` of every part, which begins at the
+/// row and column that `block` tells.
+fn add_parts<T: Float>(
     target: &mut [T],
     stride: usize,
-    first_row: usize,
-    column: usize,
-    block: &[T],
     width: usize,
+    parts: &[HeadGrads<T>],
+    block: impl for<'a> Fn(&'a HeadGrads<T>) -> (usize, usize, &'a [T]) + Sync,
 ) {
-    for (r, block) in block.chunks_exact(width).enumerate() {
-        let row = &mut target[(first_row + r) * stride + column..][..width];
-        for (t, &b) in row.iter_mut().zip(block) {
-            *t += b;
+    target.par_chunks_mut(BLOCK * stride).enumerate().for_each(|(i, rows)| {
+        let first = i * BLOCK;
+        for part in parts {
+            let (row, column, block) = block(part);
+            let from = row.max(first);
+            let to = (row + block.len() / width).min(first + rows.len() / stride);
+            for r in from..to {
+                let target = &mut rows[(r - first) * stride + column..][..width];
+                let block = &block[(r - row) * width..][..width];
+                simd!({
+                    for (t, &b) in target.iter_mut().zip(block) {
+                        *t += b;
+                    }
+                });
+            }
         }
-    }
+    });
 }
 
 fn backward_kv_head<T: Float>(
@@ -236,7 +252,8 @@ fn backward_kv_head<T: Float>(
             let mut delta = [T::ZERO; BLOCK];
             for (r, delta) in delta.iter_mut().enumerate().take(rows) {
                 let at = ((span.q_start + first + r) * heads + head) * head_dim;
-                *delta = dot(&dout[at..at + head_dim], &saved.out[at..at + head_dim]);
+                let (slopes, out) = (&dout[at..at + head_dim], &saved.out[at..at + head_dim]);
+                *delta = simd!(dot(slopes, out));
             }
             let blocks = key_blocks(shape, span, first, rows);
             for k_first in blocks.clone().step_by(BLOCK) {

@@ -3,9 +3,23 @@
 use super::simd::{dot, simd};
 use crate::Float;
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// Elements of one task; fixed, so that sums are grouped alike on every machine.
 pub(super) const CHUNK: usize = 1 << 14;
+
+/// Zeros, written by all threads where there are many: memory that was used before has to be.
+pub(super) fn zeros<T: Float>(len: usize) -> Vec<T> {
+    if len < 4 * CHUNK {
+        return vec![T::ZERO; len];
+    }
+    let mut all = Vec::with_capacity(len);
+    let room = &mut all.spare_capacity_mut()[..len];
+    room.par_chunks_mut(4 * CHUNK).for_each(|x| x.fill(MaybeUninit::new(T::ZERO)));
+    // SAFETY: the first `len` elements were written.
+    unsafe { all.set_len(len) };
+    all
+}
 
 /// x = cap tanh(x / cap)
 pub(super) fn soft_cap<T: Float>(cap: T, x: &mut [T]) {

@@ -49,6 +49,21 @@ impl<T> Cpu<T> {
     }
 }
 
+/// Keeps freed memory for what is allocated next instead of giving it back to the system and asking
+/// for it again: training allocates the same buffers step after step. For programs to call before
+/// they start a thread; does nothing where the C library is not glibc.
+pub fn keep_freed_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    // SAFETY: mallopt sets numbers of the allocator.
+    unsafe {
+        // The largest that is taken; what is larger comes from the system each time.
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
+        // One store for all threads, since a step's buffers are allocated by now this, now that one.
+        libc::mallopt(libc::M_ARENA_MAX, 1);
+    }
+}
+
 impl Cpu<f32> {
     /// As [`Cpu::new`], but factors of products are rounded to bf16, and sums kept in f32, where this
     /// processor multiplies those faster. Few tokens and attention are computed in f32 all the same.
@@ -83,8 +98,16 @@ impl<T: Float> Device for Cpu<T> {
     type Buf = Vec<T>;
     type Weight = HostMatrix;
 
+    fn within<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        rayon::scope(|_| work())
+    }
+
     fn zeros(&self, len: usize) -> Vec<T> {
-        vec![T::ZERO; len]
+        elementwise::zeros(len)
+    }
+
+    fn copy(&self, view: View<Self>) -> Vec<T> {
+        Self::slice(view).to_vec()
     }
 
     fn upload(&self, host: &[T]) -> Vec<T> {
