@@ -4,8 +4,8 @@
 //! Scores exist for one block of queries and keys at a time, so memory grows with the length of a
 //! sequence, not with its square. What is saved is the output and one log-sum-exp per row.
 
-use super::gemm::{Strided, StridedMut, gemm};
-use super::simd::{dot, simd};
+use super::gemm::{Strided, StridedMut, product_here};
+use super::simd::{self, dot, simd};
 use crate::{AttentionShape, Float, Span};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -32,6 +32,7 @@ struct QueryBlock<'a, T> {
 }
 
 pub(super) fn forward<T: Float>(
+    mixed: bool,
     shape: &AttentionShape,
     q: &[T],
     k: &[T],
@@ -56,12 +57,13 @@ pub(super) fn forward<T: Float>(
     blocks.into_par_iter().for_each(|mut block| {
         let mut scores = [T::ZERO; BLOCK * BLOCK];
         for head in 0..heads {
-            forward_head(shape, q, k, v, &mut block, head, &mut scores);
+            forward_head(mixed, shape, q, k, v, &mut block, head, &mut scores);
         }
     });
 }
 
 fn forward_head<T: Float>(
+    mixed: bool,
     shape: &AttentionShape,
     q: &[T],
     k: &[T],
@@ -86,8 +88,8 @@ fn forward_head<T: Float>(
         let keys = BLOCK.min(blocks.end - k_first);
         let kv_at = (span.k_start + k_first) * kv_width + kv_column;
         let s = &mut scores[..rows * keys];
-        gemm(
-            false,
+        product_here(
+            mixed,
             T::from_f64(shape.scale),
             Strided::rows_apart(q, rows, head_dim, width),
             Strided::rows_apart(&k[kv_at..], keys, head_dim, kv_width).t(),
@@ -102,16 +104,15 @@ fn forward_head<T: Float>(
                 if let Some(cap) = soft_cap {
                     cap_scores(cap, &mut row[seen.clone()]);
                 }
-                let top = row[seen.clone()].iter().fold(max[r], |m, &x| m.max_of(x));
+                let top = simd::max(max[r], &row[seen.clone()]);
                 // Nothing seen yet: there is nothing to fade.
                 let fade = if sum[r] > T::ZERO { (max[r] - top).exp() } else { T::ZERO };
-                let mut total = T::ZERO;
                 for x in &mut row[seen.clone()] {
                     *x = (*x - top).exp();
-                    total += *x;
                 }
                 row[..seen.start].fill(T::ZERO);
                 row[seen.end..].fill(T::ZERO);
+                let total = simd::sum(row);
                 // The first block finds whatever the buffer held: it must not survive.
                 for o in out {
                     *o = if k_first == start { T::ZERO } else { *o * fade };
@@ -119,8 +120,8 @@ fn forward_head<T: Float>(
                 (max[r], sum[r]) = (top, sum[r] * fade + total);
             });
         }
-        gemm(
-            false,
+        product_here(
+            mixed,
             T::ONE,
             Strided::new(s, rows, keys),
             Strided::rows_apart(&v[kv_at..], keys, head_dim, kv_width),
@@ -174,6 +175,7 @@ struct HeadGrads<T> {
 }
 
 pub(super) fn backward<T: Float>(
+    mixed: bool,
     shape: &AttentionShape,
     saved: &Saved<T>,
     dout: &[T],
@@ -187,7 +189,7 @@ pub(super) fn backward<T: Float>(
         shape.spans.iter().flat_map(|&s| (0..kv_heads).map(move |h| (s, h))).collect();
     let parts: Vec<HeadGrads<T>> = tasks
         .into_par_iter()
-        .map(|(span, kv_head)| backward_kv_head(shape, saved, dout, span, kv_head))
+        .map(|(span, kv_head)| backward_kv_head(mixed, shape, saved, dout, span, kv_head))
         .collect();
     let (q_width, width) = (group * head_dim, head_dim);
     let head = |part: &HeadGrads<T>| part.kv_head * width;
@@ -228,6 +230,7 @@ fn add_parts<T: Float>(
 }
 
 fn backward_kv_head<T: Float>(
+    mixed: bool,
     shape: &AttentionShape,
     saved: &Saved<T>,
     dout: &[T],
@@ -258,7 +261,7 @@ fn backward_kv_head<T: Float>(
             let blocks = key_blocks(shape, span, first, rows);
             for k_first in blocks.clone().step_by(BLOCK) {
                 let keys = BLOCK.min(blocks.end - k_first);
-                let tile = Tile { shape, span, head, kv_head, first, rows, k_first, keys };
+                let tile = Tile { mixed, shape, span, head, kv_head, first, rows, k_first, keys };
                 let (p, dp) = (&mut p[..rows * keys], &mut dp[..rows * keys]);
                 tile.scores(saved, dout, &delta, p, dp);
                 tile.accumulate(saved, dout, p, dp, member, &mut grads);
@@ -270,6 +273,7 @@ fn backward_kv_head<T: Float>(
 
 /// One block of queries against one block of keys.
 struct Tile<'a> {
+    mixed: bool,
     shape: &'a AttentionShape,
     span: Span,
     head: usize,
@@ -307,9 +311,9 @@ impl Tile<'_> {
         let (rows, keys) = (self.rows, self.keys);
         let scale = T::from_f64(self.shape.scale);
         let (q, k) = (self.queries(saved.q), self.keys(saved.k));
-        gemm(false, scale, q, k.t(), T::ZERO, StridedMut::new(p, rows, keys));
+        product_here(self.mixed, scale, q, k.t(), T::ZERO, StridedMut::new(p, rows, keys));
         let (g, v) = (self.queries(dout), self.keys(saved.v));
-        gemm(false, T::ONE, g, v.t(), T::ZERO, StridedMut::new(dp, rows, keys));
+        product_here(self.mixed, T::ONE, g, v.t(), T::ZERO, StridedMut::new(dp, rows, keys));
         let hidden = self.span.k_len - self.span.q_len;
         let soft_cap = self.shape.soft_cap.map(T::from_f64);
         for r in 0..rows {
@@ -317,18 +321,20 @@ impl Tile<'_> {
             let lse =
                 saved.lse[(self.span.q_start + self.first + r) * self.shape.heads + self.head];
             let (p, dp) = (&mut p[r * keys..(r + 1) * keys], &mut dp[r * keys..(r + 1) * keys]);
+            // Indexed out here: with a check in it a loop stays scalar.
+            let delta = delta[r];
             simd!({
                 let (p, dp) = (&mut p[seen.clone()], &mut dp[seen.clone()]);
                 if let Some(cap) = soft_cap {
                     for (p, dp) in p.iter_mut().zip(dp) {
                         let t = (*p / cap).tanh();
                         *p = (cap * t - lse).exp();
-                        *dp = *p * (*dp - delta[r]) * (T::ONE - t * t);
+                        *dp = *p * (*dp - delta) * (T::ONE - t * t);
                     }
                 } else {
                     for (p, dp) in p.iter_mut().zip(dp) {
                         *p = (*p - lse).exp();
-                        *dp = *p * (*dp - delta[r]);
+                        *dp = *p * (*dp - delta);
                     }
                 }
             });
@@ -353,12 +359,12 @@ impl Tile<'_> {
         let scale = T::from_f64(self.shape.scale);
         let (p, ds) = (Strided::new(p, rows, keys), Strided::new(ds, rows, keys));
         let dv = StridedMut::new(&mut grads.dv[self.k_first * dim..], keys, dim);
-        gemm(false, T::ONE, p.t(), self.queries(dout), T::ONE, dv);
+        product_here(self.mixed, T::ONE, p.t(), self.queries(dout), T::ONE, dv);
         let dk = StridedMut::new(&mut grads.dk[self.k_first * dim..], keys, dim);
-        gemm(false, scale, ds.t(), self.queries(saved.q), T::ONE, dk);
+        product_here(self.mixed, scale, ds.t(), self.queries(saved.q), T::ONE, dk);
         let stride = self.shape.heads / self.shape.kv_heads * dim;
         let dq = &mut grads.dq[self.first * stride + member * dim..];
         let dq = StridedMut::rows_apart(dq, rows, dim, stride);
-        gemm(false, scale, ds, self.keys(saved.k), T::ONE, dq);
+        product_here(self.mixed, scale, ds, self.keys(saved.k), T::ONE, dq);
     }
 }

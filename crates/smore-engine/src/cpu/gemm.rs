@@ -148,6 +148,28 @@ pub(super) fn product<T: Float>(
     gemm(true, alpha, a, b, beta, c);
 }
 
+/// As [`product`], on this thread alone, for operands of which both fit in its cache.
+pub(super) fn product_here<T: Float>(
+    mixed: bool,
+    alpha: T,
+    a: Strided<T>,
+    b: Strided<T>,
+    beta: T,
+    c: StridedMut<T>,
+) {
+    #[cfg(target_arch = "x86_64")]
+    if mixed
+        && packed::pairs_are_faster()
+        && let Some(left) = a.cast().and_then(Operand::rows_of)
+        && let Some(right) = b.t().cast().and_then(Operand::rows_of)
+    {
+        let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
+        return packed::product_here(Words::Pairs, alpha, left, right, c, beta == T::ONE);
+    }
+    let _ = mixed;
+    gemm(false, alpha, a, b, beta, c);
+}
+
 /// C = alpha A B + beta C; with beta = 0, C is not read. `parallel` allows several threads.
 ///
 /// # Panics

@@ -4,7 +4,7 @@
 use super::Cpu;
 use super::gemm::{Strided, StridedMut, gemm};
 use super::linear;
-use super::simd::simd;
+use super::simd::{self, simd};
 use crate::{CrossEntropy, Float, MatrixRef};
 use rayon::prelude::*;
 
@@ -100,17 +100,14 @@ fn softmax_nll<T: Float>(
     let at_target = row[target];
     let mean = if label_smoothing > 0.0 { mean(row) } else { 0.0 };
     let (max, sum) = simd!({
-        let max = row.iter().fold(row[0], |m, &x| m.max_of(x));
+        let max = simd::max(row[0], row);
         let mut sum = 0.0;
         // Sums of a few hundred terms in T, those in f64: close to a sum in f64, at vector speed.
         for part in row.chunks_mut(256) {
-            let mut partial = T::ZERO;
-            for x in part {
-                let e = (*x - max).exp();
-                partial += e;
-                *x = e;
+            for x in part.iter_mut() {
+                *x = (*x - max).exp();
             }
-            sum += partial.to_f64();
+            sum += simd::sum(part).to_f64();
         }
         (max, sum)
     });
@@ -141,9 +138,6 @@ fn softmax_nll<T: Float>(
 
 /// The mean in f64, of sums of a few hundred terms in T.
 fn mean<T: Float>(row: &[T]) -> f64 {
-    let sum: f64 = simd!({
-        let part = |part: &[T]| part.iter().fold(T::ZERO, |sum, &x| sum + x).to_f64();
-        row.chunks(256).map(part).sum()
-    });
+    let sum: f64 = simd!({ row.chunks(256).map(|part| simd::sum(part).to_f64()).sum() });
     sum / row.len() as f64
 }

@@ -66,7 +66,7 @@ pub fn keep_freed_memory() {
 
 impl Cpu<f32> {
     /// As [`Cpu::new`], but factors of products are rounded to bf16, and sums kept in f32, where this
-    /// processor multiplies those faster. Few tokens and attention are computed in f32 all the same.
+    /// processor multiplies those faster. Products with few tokens stay in f32 all the same.
     pub fn mixed() -> Self {
         Self { mixed: true, numbers: PhantomData }
     }
@@ -228,6 +228,7 @@ impl<T: Float> Device for Cpu<T> {
         lse: ViewMut<Self>,
     ) {
         attention::forward(
+            self.mixed,
             shape,
             Self::slice(q),
             Self::slice(k),
@@ -258,6 +259,7 @@ impl<T: Float> Device for Cpu<T> {
             lse: Self::slice(lse),
         };
         attention::backward(
+            self.mixed,
             shape,
             &saved,
             Self::slice(dout),

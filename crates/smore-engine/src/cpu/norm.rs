@@ -1,6 +1,6 @@
 //! RMS norm (Zhang & Sennrich 2019): y = x / sqrt(mean(x^2) + eps) * (offset + gain).
 
-use super::simd::{dot, simd};
+use super::simd::{self, dot, simd};
 use crate::{Float, RmsNorm};
 use rayon::prelude::*;
 
@@ -54,14 +54,14 @@ pub(super) fn backward<T: Float>(
     )
         .into_par_iter()
         .for_each(|(dx, dy, x, inv_rms)| {
+            let mut scaled = vec![T::ZERO; d];
             simd!({
                 let rows = dx.chunks_exact_mut(d).zip(dy.chunks_exact(d));
                 for ((dx, dy), (x, &inv)) in rows.zip(x.chunks_exact(d).zip(inv_rms)) {
-                    let mut sum = T::ZERO;
-                    for ((&dy, &g), &x) in dy.iter().zip(gain).zip(x) {
-                        sum += dy * (offset + g) * x;
+                    for (((s, &dy), &g), &x) in scaled.iter_mut().zip(dy).zip(gain).zip(x) {
+                        *s = dy * (offset + g) * x;
                     }
-                    let mean = sum * inv * inv / width;
+                    let mean = simd::sum(&scaled) * inv * inv / width;
                     for (((dx, &dy), &g), &x) in dx.iter_mut().zip(dy).zip(gain).zip(x) {
                         *dx += inv * ((offset + g) * dy - x * mean);
                     }

@@ -6,6 +6,7 @@
 
 #[allow(clippy::wildcard_imports, reason = "a kernel is written in them")]
 use std::arch::x86_64::*;
+use std::cell::RefCell;
 use std::sync::LazyLock;
 
 use rayon::prelude::*;
@@ -59,12 +60,8 @@ pub(super) fn product(
     c: StridedMut<f32>,
     add: bool,
 ) {
+    check(words, &a, &b, &c);
     let (m, n, depth) = (c.rows, c.cols, a.depth);
-    assert_eq!((a.lines, b.lines, b.depth), (m, n, depth), "shapes of a product");
-    assert!(available(words) && a.fits(words) && b.fits(words), "words of a product");
-    a.check();
-    b.check();
-    c.check();
     let stride = c.row_stride;
     let out = Shared(c.data.as_mut_ptr());
     let (words_deep, threads) = (DEPTH.min(words.holding(depth)), rayon::current_num_threads());
@@ -92,11 +89,8 @@ pub(super) fn product(
                 let cols = width.min(n - from);
                 panels.resize(cols.next_multiple_of(COLS) * steps, 0u32);
                 for (j, panel) in panels.chunks_exact_mut(COLS * steps).enumerate() {
-                    for half in 0..2 {
-                        let (line, to) = (from + j * COLS + half * LANES, half * LANES);
-                        // SAFETY: as above.
-                        unsafe { pack(words, &b, line, stretch, &mut panel[to..], COLS) };
-                    }
+                    // SAFETY: as above.
+                    unsafe { pack_panel(words, &b, from + j * COLS, stretch, panel) };
                 }
                 let mine = left[row * steps..].chunks_exact(ROWS * steps);
                 for (i, block) in mine.enumerate().take(high.min(rows - row).div_ceil(ROWS)) {
@@ -111,17 +105,20 @@ pub(super) fn product(
                             add,
                         };
                         // SAFETY: the tile is inside C, and no other task has it.
-                        unsafe {
-                            match words {
-                                Words::Wide => wide(block, panel, &tile),
-                                Words::Pairs => pairs(block, panel, &tile),
-                            }
-                        }
+                        unsafe { multiply(words, block, panel, &tile) };
                     }
                 }
             });
         }
     }
+}
+
+fn check(words: Words, a: &Operand, b: &Operand, c: &StridedMut<f32>) {
+    assert_eq!((a.lines, b.lines, b.depth), (c.rows, c.cols, a.depth), "shapes of a product");
+    assert!(available(words) && a.fits(words) && b.fits(words), "words of a product");
+    a.check();
+    b.check();
+    c.check();
 }
 
 /// # Safety
@@ -140,6 +137,70 @@ unsafe fn pack(
         match words {
             Words::Wide => pack_wide(from, line, stretch, to, width, lanes),
             Words::Pairs => pack_pairs(from, line, stretch, to, width, lanes),
+        }
+    }
+}
+
+/// As [`product`], on this thread alone and for operands of which both fit in the second cache.
+pub(super) fn product_here(
+    words: Words,
+    scale: f32,
+    a: Operand,
+    b: Operand,
+    c: StridedMut<f32>,
+    add: bool,
+) {
+    thread_local! {
+        static ROOM: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+    }
+    check(words, &a, &b, &c);
+    let (m, n, depth) = (c.rows, c.cols, a.depth);
+    let (out, stride) = (c.data.as_mut_ptr(), c.row_stride);
+    let (stretch, steps) = (Stretch { first: 0, length: depth }, words.holding(depth));
+    let (left, right) = (m.next_multiple_of(ROWS) * steps, n.next_multiple_of(COLS) * steps);
+    ROOM.with_borrow_mut(|room| {
+        if room.len() < left + right {
+            room.resize(left + right, 0);
+        }
+        let (left, right) = room[..left + right].split_at_mut(left);
+        for (i, block) in left.chunks_exact_mut(ROWS * steps).enumerate() {
+            // SAFETY: the words are available, and the operand was checked.
+            unsafe { pack(words, &a, i * ROWS, stretch, block, ROWS) };
+        }
+        for (j, panel) in right.chunks_exact_mut(COLS * steps).enumerate() {
+            // SAFETY: as above.
+            unsafe { pack_panel(words, &b, j * COLS, stretch, panel) };
+            for (i, block) in left.chunks_exact(ROWS * steps).enumerate() {
+                let (row, col) = (i * ROWS, j * COLS);
+                let at = out.wrapping_add(row * stride + col);
+                let (rows, cols) = (ROWS.min(m - row), COLS.min(n - col));
+                // SAFETY: the tile is inside C.
+                unsafe {
+                    multiply(words, block, panel, &Tile { at, stride, rows, cols, scale, add })
+                };
+            }
+        }
+    });
+}
+
+/// # Safety
+/// As [`pack`].
+unsafe fn pack_panel(words: Words, b: &Operand, line: usize, stretch: Stretch, panel: &mut [u32]) {
+    for half in 0..2 {
+        let to = &mut panel[half * LANES..];
+        // SAFETY: as promised by the caller.
+        unsafe { pack(words, b, line + half * LANES, stretch, to, COLS) };
+    }
+}
+
+/// # Safety
+/// The words are available, and the tile is inside a matrix that nobody else reads or writes there.
+unsafe fn multiply(words: Words, block: &[u32], panel: &[u32], tile: &Tile) {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        match words {
+            Words::Wide => wide(block, panel, tile),
+            Words::Pairs => pairs(block, panel, tile),
         }
     }
 }
@@ -267,8 +328,7 @@ mod tests {
                 crate::cpu::linear::widen(&w, 0, &mut b);
                 let before = numbers(m * n, 3);
                 let run = |threads: usize, rows: usize, add: bool| {
-                    let pool =
-                        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1));
                     let mut c = before[..rows * n].to_vec();
                     let from = if left {
                         Strided::rows_apart(&a, depth, rows, m).t()
@@ -282,7 +342,10 @@ mod tests {
                         Operand::columns_of_weight(&w)
                     };
                     let to = StridedMut::new(&mut c, rows, n);
-                    pool.install(|| product(words, 0.5, from, by, to, add));
+                    pool.build().unwrap().install(|| match threads {
+                        0 => product_here(words, 0.5, from, by, to, add),
+                        _ => product(words, 0.5, from, by, to, add),
+                    });
                     c
                 };
                 let added = run(1, m, true);
@@ -303,6 +366,9 @@ mod tests {
                     }
                 }
                 assert!(added == run(2, m, true) && added == run(5, m, true));
+                if depth <= DEPTH {
+                    assert!(added == run(0, m, true), "as a whole");
+                }
                 let few = m.div_ceil(3);
                 assert!(run(2, few, false) == run(1, m, false)[..few * n]);
             }

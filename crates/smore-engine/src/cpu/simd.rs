@@ -45,3 +45,34 @@ pub fn dot<T: Float>(a: &[T], b: &[T]) -> T {
     }
     lanes.iter().copied().sum::<T>() + tail
 }
+
+/// Sum of x in the order of [`dot`]. Call it inside [`simd!`](crate::simd!): a plain loop adds one
+/// number after the other.
+#[inline(always)]
+pub(super) fn sum<T: Float>(x: &[T]) -> T {
+    let mut lanes = [T::ZERO; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for x in chunks {
+        for i in 0..LANES {
+            lanes[i] += x[i];
+        }
+    }
+    let mut tail = T::ZERO;
+    for &x in rest {
+        tail += x;
+    }
+    lanes.iter().copied().sum::<T>() + tail
+}
+
+/// The largest of x and `least`; NaN loses. Call it inside [`simd!`](crate::simd!).
+#[inline(always)]
+pub(super) fn max<T: Float>(least: T, x: &[T]) -> T {
+    let mut lanes = [least; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for x in chunks {
+        for i in 0..LANES {
+            lanes[i] = lanes[i].max_of(x[i]);
+        }
+    }
+    rest.iter().chain(&lanes).fold(least, |max, &x| max.max_of(x))
+}
