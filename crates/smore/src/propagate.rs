@@ -163,7 +163,7 @@ fn transform_children<T: Float>(
         core.act(l).forward(&values.taken, &mut values.below);
     }
     let (w, bias) = core.transform(l);
-    values.inner = bias.iter().copied().cycle().take(nodes * width).collect();
+    values.inner = bias.repeat(nodes);
     let target = StridedMut::new(&mut values.inner, nodes, width);
     let w = Strided::new(w, width, below);
     gemm(false, T::ONE, Strided::new(&values.below, nodes, below), w.t(), T::ONE, target);

@@ -66,7 +66,7 @@ pub(super) fn product(
     let out = Shared(c.data.as_mut_ptr());
     let (words_deep, threads) = (DEPTH.min(words.holding(depth)), rayon::current_num_threads());
     let rows_at_once = (LEFT / words_deep.max(1)).next_multiple_of(ROWS).min(m);
-    let mut left = vec![0u32; rows_at_once.next_multiple_of(ROWS) * words_deep];
+    let mut left = Room::of(rows_at_once.next_multiple_of(ROWS) * words_deep);
     let width = n.div_ceil(threads).next_multiple_of(COLS).min(WIDTH);
     let across = n.div_ceil(width);
     for top in (0..m).step_by(rows_at_once) {
@@ -77,38 +77,41 @@ pub(super) fn product(
         for first in (0..depth).step_by(DEPTH * words.elements()) {
             let length = (DEPTH * words.elements()).min(depth - first);
             let (stretch, steps) = (Stretch { first, length }, words.holding(length));
-            let blocks = left.par_chunks_mut(ROWS * steps).enumerate();
-            blocks.take(rows.div_ceil(ROWS)).for_each(|(i, block)| {
+            let left = &mut left.words()[..rows.next_multiple_of(ROWS) * steps];
+            left.par_chunks_mut(ROWS * steps).enumerate().for_each(|(i, block)| {
                 // SAFETY: the words are available, and the operand was checked.
                 unsafe { pack(words, &a, top + i * ROWS, stretch, block, ROWS) };
             });
-            let add = add || first > 0;
+            let (left, add) = (&*left, add || first > 0);
             let tasks = (0..across * rows.div_ceil(high)).into_par_iter();
-            tasks.for_each_init(Vec::new, |panels, task| {
-                let (from, row) = (task % across * width, task / across * high);
-                let cols = width.min(n - from);
-                panels.resize(cols.next_multiple_of(COLS) * steps, 0u32);
-                for (j, panel) in panels.chunks_exact_mut(COLS * steps).enumerate() {
-                    // SAFETY: as above.
-                    unsafe { pack_panel(words, &b, from + j * COLS, stretch, panel) };
-                }
-                let mine = left[row * steps..].chunks_exact(ROWS * steps);
-                for (i, block) in mine.enumerate().take(high.min(rows - row).div_ceil(ROWS)) {
-                    for (j, panel) in panels.chunks_exact(COLS * steps).enumerate() {
-                        let (row, col) = (top + row + i * ROWS, from + j * COLS);
-                        let tile = Tile {
-                            at: out.at(row * stride + col),
-                            stride,
-                            rows: ROWS.min(m - row),
-                            cols: COLS.min(n - col),
-                            scale,
-                            add,
-                        };
-                        // SAFETY: the tile is inside C, and no other task has it.
-                        unsafe { multiply(words, block, panel, &tile) };
+            tasks.for_each_init(
+                || Room::of(width * steps),
+                |room, task| {
+                    let (from, row) = (task % across * width, task / across * high);
+                    let cols = width.min(n - from);
+                    let panels = &mut room.words()[..cols.next_multiple_of(COLS) * steps];
+                    for (j, panel) in panels.chunks_exact_mut(COLS * steps).enumerate() {
+                        // SAFETY: as above.
+                        unsafe { pack_panel(words, &b, from + j * COLS, stretch, panel) };
                     }
-                }
-            });
+                    let mine = left[row * steps..].chunks_exact(ROWS * steps);
+                    for (i, block) in mine.enumerate().take(high.min(rows - row).div_ceil(ROWS)) {
+                        for (j, panel) in panels.chunks_exact(COLS * steps).enumerate() {
+                            let (row, col) = (top + row + i * ROWS, from + j * COLS);
+                            let tile = Tile {
+                                at: out.at(row * stride + col),
+                                stride,
+                                rows: ROWS.min(m - row),
+                                cols: COLS.min(n - col),
+                                scale,
+                                add,
+                            };
+                            // SAFETY: the tile is inside C, and no other task has it.
+                            unsafe { multiply(words, block, panel, &tile) };
+                        }
+                    }
+                },
+            );
         }
     }
 }
@@ -150,37 +153,28 @@ pub(super) fn product_here(
     c: StridedMut<f32>,
     add: bool,
 ) {
-    thread_local! {
-        static ROOM: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
-    }
     check(words, &a, &b, &c);
     let (m, n, depth) = (c.rows, c.cols, a.depth);
     let (out, stride) = (c.data.as_mut_ptr(), c.row_stride);
     let (stretch, steps) = (Stretch { first: 0, length: depth }, words.holding(depth));
     let (left, right) = (m.next_multiple_of(ROWS) * steps, n.next_multiple_of(COLS) * steps);
-    ROOM.with_borrow_mut(|room| {
-        if room.len() < left + right {
-            room.resize(left + right, 0);
+    let mut room = Room::of(left + right);
+    let (left, right) = room.words().split_at_mut(left);
+    for (i, block) in left.chunks_exact_mut(ROWS * steps).enumerate() {
+        // SAFETY: the words are available, and the operand was checked.
+        unsafe { pack(words, &a, i * ROWS, stretch, block, ROWS) };
+    }
+    for (j, panel) in right.chunks_exact_mut(COLS * steps).enumerate() {
+        // SAFETY: as above.
+        unsafe { pack_panel(words, &b, j * COLS, stretch, panel) };
+        for (i, block) in left.chunks_exact(ROWS * steps).enumerate() {
+            let (row, col) = (i * ROWS, j * COLS);
+            let at = out.wrapping_add(row * stride + col);
+            let (rows, cols) = (ROWS.min(m - row), COLS.min(n - col));
+            // SAFETY: the tile is inside C.
+            unsafe { multiply(words, block, panel, &Tile { at, stride, rows, cols, scale, add }) };
         }
-        let (left, right) = room[..left + right].split_at_mut(left);
-        for (i, block) in left.chunks_exact_mut(ROWS * steps).enumerate() {
-            // SAFETY: the words are available, and the operand was checked.
-            unsafe { pack(words, &a, i * ROWS, stretch, block, ROWS) };
-        }
-        for (j, panel) in right.chunks_exact_mut(COLS * steps).enumerate() {
-            // SAFETY: as above.
-            unsafe { pack_panel(words, &b, j * COLS, stretch, panel) };
-            for (i, block) in left.chunks_exact(ROWS * steps).enumerate() {
-                let (row, col) = (i * ROWS, j * COLS);
-                let at = out.wrapping_add(row * stride + col);
-                let (rows, cols) = (ROWS.min(m - row), COLS.min(n - col));
-                // SAFETY: the tile is inside C.
-                unsafe {
-                    multiply(words, block, panel, &Tile { at, stride, rows, cols, scale, add })
-                };
-            }
-        }
-    });
+    }
 }
 
 /// # Safety
@@ -202,6 +196,36 @@ unsafe fn multiply(words: Words, block: &[u32], panel: &[u32], tile: &Tile) {
             Words::Wide => wide(block, panel, tile),
             Words::Pairs => pairs(block, panel, tile),
         }
+    }
+}
+
+/// Words to pack into: of a thread, which keeps them for its next product. They hold what was there.
+struct Room {
+    held: Vec<u32>,
+    len: usize,
+}
+
+thread_local! {
+    static ROOMS: RefCell<Vec<Vec<u32>>> = const { RefCell::new(Vec::new()) };
+}
+
+impl Room {
+    fn of(len: usize) -> Self {
+        let mut held = ROOMS.with_borrow_mut(Vec::pop).unwrap_or_default();
+        if held.len() < len {
+            held.resize(len, 0);
+        }
+        Self { held, len }
+    }
+
+    fn words(&mut self) -> &mut [u32] {
+        &mut self.held[..self.len]
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        ROOMS.with_borrow_mut(|rooms| rooms.push(std::mem::take(&mut self.held)));
     }
 }
 

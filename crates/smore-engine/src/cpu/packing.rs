@@ -8,8 +8,8 @@ use crate::{Dtype, HostMatrix};
 
 /// Words of one register.
 pub(super) const LANES: usize = 16;
-/// Bytes by which reading along rows runs ahead: their next lines lie far from each other.
-const AHEAD: usize = 512;
+/// Steps of depth that reading across rows runs ahead: each is in a cache line of its own.
+const AHEAD: usize = 16;
 
 /// What one 32-bit word of a packed operand holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +132,12 @@ macro_rules! pack {
                     for r in 0..LANES {
                         if r < lines {
                             let at = start.wrapping_add(r * row);
-                            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD).cast());
+                            // The next lines, which are packed next, at the same place.
+                            let next = at.wrapping_add(lanes * row);
+                            _mm_prefetch::<_MM_HINT_T1>(next.cast());
+                            if from.dtype == Dtype::F32 {
+                                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64).cast());
+                            }
                             // SAFETY: the elements are inside the line.
                             part[r] = unsafe { $along(from.dtype, at, length) };
                         }
@@ -150,6 +155,10 @@ macro_rules! pack {
             for k in (0..length).step_by(elements) {
                 let at = from.at(line, first + k);
                 let below = (k + 1 < length).then(|| at.wrapping_add(row));
+                for ahead in 0..elements {
+                    let next = at.wrapping_add((AHEAD + ahead) * row);
+                    _mm_prefetch::<_MM_HINT_T0>(next.cast());
+                }
                 // SAFETY: masks keep to the lines, which are inside the operand; there is room.
                 unsafe {
                     let word = $across(from.dtype, at, below, seen);

@@ -169,7 +169,7 @@ fn affine<T: Float>(
     d_out: usize,
 ) -> Vec<T> {
     let bias = &core.params[bias..bias + d_out];
-    let mut y: Vec<T> = bias.iter().copied().cycle().take(rows * d_out).collect();
+    let mut y = bias.repeat(rows);
     let w = Strided::new(&core.params[weight..], d_out, d_in);
     let out = StridedMut::new(&mut y, rows, d_out);
     gemm(false, T::ONE, Strided::new(x, rows, d_in), w.t(), T::ONE, out);
