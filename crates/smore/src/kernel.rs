@@ -18,9 +18,9 @@ use smore_engine::cpu::chosen_rows;
 use smore_engine::{Cpu, Device, Float, View, ViewMut};
 
 /// Tokens whose intermediate values are alive at once, per thread.
-const BLOCK: usize = 32;
+const BLOCK: usize = 128;
 /// Tokens whose parameter gradients are summed on their own before they join the others.
-const SPAN: usize = 64;
+const SPAN: usize = 128;
 
 /// The parameters that the pass reads.
 pub(crate) struct Core<'a, T> {
