@@ -83,6 +83,7 @@ pub(crate) fn compare() -> Result<Value> {
             tokens,
             length: step.length,
             bf16,
+            mixed: bf16,
             gradient_checkpointing,
         };
         let pace = Pace::measure(work, Duration::from_secs(10))

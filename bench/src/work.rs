@@ -12,7 +12,7 @@ use smore_tune::config::{AdapterConfig, TrainConfig};
 use smore_tune::inject::{Adapters, Slot};
 use smore_tune::memory;
 use smore_tune::model::folder::ModelFolder;
-use smore_tune::model::{Batch, Model, Scales};
+use smore_tune::model::{Batch, Model, Scales, training_device};
 use smore_tune::optimizer::Optimizer;
 use smore_tune::routing::{Counts, trace_lines};
 use std::io::{BufRead, Write};
@@ -64,12 +64,8 @@ fn weight(dtype: Precision, rows: usize, cols: usize) -> HostMatrix {
     if dtype == Precision::Bfloat16 { host.to_bf16() } else { host }
 }
 
-/// As `bf16` in a recipe: weights and products.
 fn device(dtype: Precision) -> Cpu<f32> {
-    match dtype {
-        Precision::Float32 => Cpu::new(),
-        Precision::Bfloat16 => Cpu::mixed(),
-    }
+    training_device(dtype == Precision::Bfloat16)
 }
 
 fn gemm(dtype: Precision, m: usize, n: usize, k: usize) -> Work {

@@ -216,6 +216,7 @@ impl Subject {
             tokens,
             length,
             bf16: self.bf16,
+            mixed: self.recipe.as_ref().is_some_and(|r| r.train.bf16),
             gradient_checkpointing: self.gradient_checkpointing,
         }
     }

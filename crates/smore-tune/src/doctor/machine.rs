@@ -4,13 +4,14 @@ use super::{Area, Examined, Subject};
 use crate::batching::entries;
 use crate::config::AdapterConfig;
 use crate::memory;
+use crate::model::training_device;
 use crate::plan::Demand;
 use std::path::Path;
 
 const MIB: f64 = (1 << 20) as f64;
 
 pub(super) fn check(subject: &Subject, examined: &mut Examined) {
-    processor(examined);
+    processor(examined, subject.train.as_ref().is_some_and(|train| train.bf16));
     let (Some(train), Some(data)) = (&subject.train, &examined.data) else { return };
     let (Some(spec), Some(start)) = (&examined.spec, &examined.start) else { return };
     let full = matches!(subject.adapter, Some(AdapterConfig::Full(_)));
@@ -55,7 +56,7 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
     }
 }
 
-fn processor(examined: &mut Examined) {
+fn processor(examined: &mut Examined, bf16: bool) {
     let threads = rayon::current_num_threads();
     let cores = std::thread::available_parallelism().map_or(threads, std::num::NonZero::get);
     if threads < cores {
@@ -66,7 +67,11 @@ fn processor(examined: &mut Examined) {
         );
     }
     match vector_unit() {
-        Some(unit) => examined.good(Area::Machine, format!("{threads} threads, {unit}")),
+        Some(unit) => {
+            let rounded = training_device(bf16).rounds_factors();
+            let products = if rounded { ", products in bf16 with sums in f32" } else { "" };
+            examined.good(Area::Machine, format!("{threads} threads, {unit}{products}"));
+        }
         None => examined.warn(
             Area::Machine,
             "no vector unit that is made use of (AVX-512, AVX2 with FMA, NEON)",

@@ -19,7 +19,7 @@ use block::{BlockSaved, KvCache};
 use folder::ModelFolder;
 use smore::adapter::{InputDropout, Mode, Noise};
 use smore::kernel::{AdapterKernels, Routing};
-use smore_engine::{AttentionShape, CrossEntropy, Float, Span, View, ViewMut};
+use smore_engine::{AttentionShape, Cpu, CrossEntropy, Float, Span, View, ViewMut};
 use spec::{DecoderSpec, Proj};
 use weights::Weights;
 
@@ -48,6 +48,11 @@ pub struct Model<D: AdapterKernels> {
     pub label_smoothing: f64,
     /// Sees what every adapted map is given and what its adapter adds.
     pub(crate) tap: Option<Tap<D>>,
+}
+
+/// What a training step computes on: with `bf16` in the recipe, products may round their factors.
+pub fn training_device(bf16: bool) -> Cpu<f32> {
+    if bf16 { Cpu::mixed() } else { Cpu::new() }
 }
 
 /// A function of block, map, the map's input `[n, d_in]` and the adapter's output `[n, d_out]`.

@@ -6,7 +6,7 @@ use crate::config::{AdapterConfig, TrainConfig};
 use crate::inject::{Adapters, Site, Slot};
 use crate::model::folder::ModelFolder;
 use crate::model::spec::{DecoderSpec, Proj};
-use crate::model::{Batch, Model, Scales};
+use crate::model::{Batch, Model, Scales, training_device};
 use crate::optimizer::Optimizer;
 use serde::Serialize;
 use smore::adapter::BlockAdapter;
@@ -49,6 +49,8 @@ pub struct Work<'a> {
     pub length: usize,
     /// Frozen weights are kept as bf16, else as f32.
     pub bf16: bool,
+    /// The recipe's `bf16`, on which products depend, too.
+    pub mixed: bool,
     /// Blocks are computed again in the backward sweep.
     pub gradient_checkpointing: bool,
 }
@@ -141,7 +143,7 @@ impl Timed {
         let adapters = adapters(&config, work.router_widths, &spec)?;
         let values = adapters.init(1);
         let folder = ModelFolder::drawn(spec, work.bf16);
-        let mut model = Model::new(Cpu::new(), &folder, adapters, &values, work.length);
+        let mut model = Model::new(training_device(work.mixed), &folder, adapters, &values, work.length);
         model.gradient_checkpointing = work.gradient_checkpointing;
         let optimizer = Optimizer::new(&model);
         Ok(Self { model, optimizer, updates: 0 })
@@ -214,7 +216,7 @@ fn head_seconds(work: Work, budget: Duration) -> f64 {
     let tokens = logit_rows(vocabulary).min(work.tokens);
     let spec =
         DecoderSpec { blocks: 0, vocabulary: rows, windows: Vec::new(), ..work.spec.clone() };
-    let device = Cpu::<f32>::new();
+    let device = training_device(work.mixed);
     let folder = ModelFolder::drawn(spec, work.bf16);
     let head = device.weight(folder.tensor("model.embed_tokens.weight").clone());
     let h = vec![0.5f32; tokens * hidden];

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::inject::Adapters;
 use crate::learning_rates::rates as rates_of;
 use crate::memory::{self, Split};
-use crate::model::Model;
+use crate::model::{Model, training_device};
 use crate::model::folder::ModelFolder;
 use crate::model::spec::DecoderSpec;
 use crate::model::weights::{from_scratch, read_all};
@@ -362,7 +362,7 @@ fn build_model(
     cutoff_len: usize,
 ) -> Result<(Model<Cpu<f32>>, usize)> {
     let train = &config.train;
-    let device = if train.bf16 { Cpu::mixed() } else { Cpu::new() };
+    let device = training_device(train.bf16);
     let folder = if train.bf16 { folder.map(ModelFolder::in_bf16) } else { folder };
     let full = matches!(config.adapter, AdapterConfig::Full(_));
     let weights = folder.as_ref().filter(|_| !full).map_or(0, ModelFolder::bytes);
