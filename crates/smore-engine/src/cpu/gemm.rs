@@ -124,8 +124,7 @@ const PARALLEL_FROM: usize = 1 << 18;
 #[cfg(target_arch = "x86_64")]
 const SLIM: usize = 32;
 
-/// As [`gemm`] on several threads, by kernels of our own where the processor and the shapes suit them:
-/// they take little memory. Factors are rounded to bf16 where `mixed` and that is faster here.
+/// As [`gemm`] on several threads, in bf16 with sums in f32 where `mixed` and that is faster here.
 pub(super) fn product<T: Float>(
     mixed: bool,
     alpha: T,
@@ -135,16 +134,15 @@ pub(super) fn product<T: Float>(
     c: StridedMut<T>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if packed::available(Words::Wide)
+    if mixed
+        && packed::pairs_are_faster()
         && (beta == T::ZERO || beta == T::ONE)
         && [c.rows, c.cols, a.cols].into_iter().min() >= Some(SLIM)
         && let Some(left) = a.cast().and_then(Operand::rows_of)
         && let Some(right) = b.t().cast().and_then(Operand::rows_of)
     {
-        let pairs = mixed && packed::pairs_are_faster();
-        let words = if pairs { Words::Pairs } else { Words::Wide };
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
-        return packed::product(words, alpha, left, right, c, beta == T::ONE);
+        return packed::product(Words::Pairs, alpha, left, right, c, beta == T::ONE);
     }
     let _ = mixed;
     gemm(true, alpha, a, b, beta, c);
