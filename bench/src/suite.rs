@@ -5,10 +5,13 @@ use crate::case::{Adapter, Case, Precision, Shape, Step, ffn};
 use crate::worker::Worker;
 use anyhow::Result;
 use serde_json::{Value, json};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Runs of one worker end once they took this long, the first not counted.
 const SECONDS_EACH: f64 = 90.0;
+
+/// Between the runs of two workers.
+const PAUSE: Duration = Duration::from_millis(100);
 
 /// What a worker came to.
 struct Measured {
@@ -29,6 +32,8 @@ fn by_turns(mut workers: Vec<Worker>, rounds: usize) -> Result<Vec<Measured>> {
             if spent > SECONDS_EACH {
                 continue;
             }
+            // Threads of the one before may wait for work with their cores held.
+            std::thread::sleep(PAUSE);
             let seconds = worker.run()?;
             if round > 0 || seconds > SECONDS_EACH / 3.0 {
                 times.push(seconds);

@@ -164,8 +164,9 @@ impl Storage for F16 {
     }
 }
 
-/// How far ahead of the sums rows are asked for: the processor itself stops at the end of a page.
-const AHEAD: usize = 1024;
+/// How many bytes ahead of the sums rows are asked for, at least: the processor itself stops at the
+/// end of a page.
+const AHEAD: usize = 1 << 14;
 
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $load:ident, $zero:ident, $loadu:ident,
@@ -179,8 +180,8 @@ macro_rules! kernel {
         ) -> [[f32; N]; R] {
             let mut lanes = [[$zero(); N]; R];
             let whole = d_in - d_in % $lanes;
-            // Past the end of a short row lie the others of its group.
-            let ahead = if d_in * S::BYTES > AHEAD { AHEAD } else { R * AHEAD };
+            // Behind the rows of this group lie those of the next.
+            let ahead = (R * d_in * S::BYTES).max(AHEAD);
             for at in (0..whole).step_by($lanes) {
                 let mut w = [$zero(); R];
                 for r in 0..R {
@@ -189,7 +190,7 @@ macro_rules! kernel {
                     unsafe {
                         let at = rows[r].as_ptr().add(at * S::BYTES);
                         w[r] = S::$load(at);
-                        _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(ahead).cast());
+                        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(ahead).cast());
                     }
                 }
                 for i in 0..N {

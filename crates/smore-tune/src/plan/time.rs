@@ -143,7 +143,8 @@ impl Timed {
         let adapters = adapters(&config, work.router_widths, &spec)?;
         let values = adapters.init(1);
         let folder = ModelFolder::drawn(spec, work.bf16);
-        let mut model = Model::new(training_device(work.mixed), &folder, adapters, &values, work.length);
+        let mut model =
+            Model::new(training_device(work.mixed), &folder, adapters, &values, work.length);
         model.gradient_checkpointing = work.gradient_checkpointing;
         let optimizer = Optimizer::new(&model);
         Ok(Self { model, optimizer, updates: 0 })
