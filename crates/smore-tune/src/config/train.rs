@@ -76,7 +76,8 @@ pub struct TrainConfig {
     /// Put samples of like length into one batch.
     pub group_by_length: bool,
     /// Round frozen weights to bf16 and keep them so: half the memory of f32. Weights stored as
-    /// bf16 or f16 are kept as they are where this is false. Adapters are always f32.
+    /// bf16 or f16 are kept as they are where this is false. Adapters and all sums are always f32;
+    /// factors of a step's products are rounded to bf16 where the processor multiplies those faster.
     pub bf16: bool,
     /// Keep only each block's input and compute the block again in the backward sweep: less memory
     /// for about a third more time. Results are the same to the bit.
