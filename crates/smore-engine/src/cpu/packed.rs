@@ -22,7 +22,7 @@ const DEPTH: usize = 512;
 /// Columns that a task packs: [DEPTH, WIDTH] words fit in the second cache.
 const WIDTH: usize = 128;
 /// Words of the left operand that are packed at a time.
-const LEFT: usize = 1 << 18;
+const LEFT: usize = 1 << 20;
 /// The fewest rows for which a task packs columns that another one packs, too.
 const TASK_ROWS: usize = 16 * ROWS;
 
