@@ -134,12 +134,8 @@ pub(super) fn product<T: Float>(
     c: StridedMut<T>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if mixed
-        && packed::pairs_are_faster()
-        && (beta == T::ZERO || beta == T::ONE)
-        && [c.rows, c.cols, a.cols].into_iter().min() >= Some(SLIM)
-        && let Some(left) = a.cast().and_then(Operand::rows_of)
-        && let Some(right) = b.t().cast().and_then(Operand::rows_of)
+    if [c.rows, c.cols, a.cols].into_iter().min() >= Some(SLIM)
+        && let Some([left, right]) = pairs(mixed, a, b, beta)
     {
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
         return packed::product(Words::Pairs, alpha, left, right, c, beta == T::ONE);
@@ -158,16 +154,26 @@ pub(super) fn product_here<T: Float>(
     c: StridedMut<T>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if mixed
-        && packed::pairs_are_faster()
-        && let Some(left) = a.cast().and_then(Operand::rows_of)
-        && let Some(right) = b.t().cast().and_then(Operand::rows_of)
-    {
+    if let Some([left, right]) = pairs(mixed, a, b, beta) {
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
         return packed::product_here(Words::Pairs, alpha, left, right, c, beta == T::ONE);
     }
     let _ = mixed;
     gemm(false, alpha, a, b, beta, c);
+}
+
+/// The operands of a product that is computed in pairs of bf16; none where it is not.
+#[cfg(target_arch = "x86_64")]
+fn pairs<'a, T: Float>(
+    mixed: bool,
+    a: Strided<'a, T>,
+    b: Strided<'a, T>,
+    beta: T,
+) -> Option<[Operand<'a>; 2]> {
+    if !mixed || !packed::pairs_are_faster() || (beta != T::ZERO && beta != T::ONE) {
+        return None;
+    }
+    Some([Operand::rows_of(a.cast()?)?, Operand::rows_of(b.t().cast()?)?])
 }
 
 /// C = alpha A B + beta C; with beta = 0, C is not read. `parallel` allows several threads.
