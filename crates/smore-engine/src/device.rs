@@ -1,4 +1,4 @@
-//! The seam between model code and the machine: some twenty operations on device buffers.
+//! The seam between model code and the machine: some thirty operations on device buffers.
 
 use crate::{Float, HostMatrix, Mat, MatMut, View, ViewMut};
 
