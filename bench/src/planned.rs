@@ -68,7 +68,7 @@ pub(crate) fn compare() -> Result<Value> {
         let bf16 = step.dtype == Precision::Bfloat16;
         let (tokens, gradient_checkpointing) =
             (step.batch * step.length, step.gradient_checkpointing);
-        let setting = Setting { tokens, keeps_best: false };
+        let setting = Setting { tokens, keeps_best: false, mixed: bf16 };
         let cost =
             Cost::of(name.into(), &config, None, &spec, setting).map_err(anyhow::Error::msg)?;
         let peak = cost

@@ -74,7 +74,7 @@ fn gemm(dtype: Precision, m: usize, n: usize, k: usize) -> Work {
     let mut y = vec![0.0; m * n];
     Box::new(move || {
         let w = MatrixRef::Frozen(&w);
-        device.linear(View::new(&x, m * k), w, ViewMut::new(&mut y, m * n), m, false);
+        device.linear(View::new(&x, m * k), w, None, ViewMut::new(&mut y, m * n), m, false);
         Ok(())
     })
 }
@@ -102,13 +102,12 @@ fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize
         let frozen = MatrixRef::Frozen(&w);
         let (x, dy) = (View::new(&x, n * d_in), View::new(&dy, n * d_out));
         let params = View::new(&params, len);
-        dx.fill(0.0);
         grads.fill(0.0);
-        device.linear(x, frozen, ViewMut::new(&mut y, n * d_out), n, false);
+        device.linear(x, frozen, None, ViewMut::new(&mut y, n * d_out), n, false);
         let saved: Option<AnySaved<Cpu<f32>>> = adapter
             .as_ref()
             .map(|a| a.forward(&device, Mode::plain(), params, x, ViewMut::new(&mut y, n * d_out)));
-        device.linear_backward(dy, frozen, ViewMut::new(&mut dx, n * d_in), n);
+        device.linear_backward(dy, frozen, ViewMut::new(&mut dx, n * d_in), n, false);
         if let (Some(a), Some(saved)) = (&adapter, saved) {
             let (grads, dx) = (ViewMut::new(&mut grads, len), ViewMut::new(&mut dx, n * d_in));
             a.backward(&device, Mode::plain(), 1.0, params, &saved, x, dy, grads, Some(dx));

@@ -170,6 +170,7 @@ impl Subject {
         let setting = Setting {
             tokens: args.tokens.map_or(tokens, |n| n as usize),
             keeps_best: recipe.as_ref().is_some_and(|r| r.train.load_best_model_at_end),
+            mixed: recipe.as_ref().is_some_and(|r| r.train.bf16),
         };
         let (config, router_widths) = match config {
             AdapterConfig::Saved(saved) => {
@@ -216,7 +217,7 @@ impl Subject {
             tokens,
             length,
             bf16: self.bf16,
-            mixed: self.recipe.as_ref().is_some_and(|r| r.train.bf16),
+            mixed: self.setting.mixed,
             gradient_checkpointing: self.gradient_checkpointing,
         }
     }

@@ -5,7 +5,7 @@ use crate::{Float, HostMatrix, Mat, MatMut, View, ViewMut};
 /// A machine that holds buffers and computes on them.
 ///
 /// Operations that end in `_backward` *add* to the gradients they are given, so that a value used
-/// twice collects both shares; forward operations overwrite unless they say otherwise.
+/// twice collects both shares; forward operations overwrite. Both but where they say otherwise.
 ///
 /// # Panics
 /// Every operation panics when a shape does not fit: shapes are settled when a model is built, so
@@ -15,6 +15,8 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     type Elem: Float;
     /// Memory on the device.
     type Buf: Send + Sync;
+    /// Memory that holds a buffer from the forward to the backward pass.
+    type Kept: Send + Sync;
     /// A frozen matrix, laid out as the device reads it best.
     type Weight: Send + Sync;
 
@@ -26,8 +28,18 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
 
     /// A buffer of `len` zeros.
     fn zeros(&self, len: usize) -> Self::Buf;
+    /// A buffer of `len` elements that the next operation overwrites: it holds anything, and NaN
+    /// where debug assertions are on, so that whoever reads it first is found.
+    fn unwritten(&self, len: usize) -> Self::Buf;
     /// A buffer with the same elements.
     fn copy(&self, view: View<Self>) -> Self::Buf;
+    /// Puts a buffer away from the forward to the backward pass.
+    fn keep(&self, buf: Self::Buf) -> Self::Kept;
+    /// Puts a copy away.
+    fn keep_copy(&self, view: View<Self>) -> Self::Kept;
+    /// Fetches what was put away: the same elements, or those nearest in bf16 where the device is to
+    /// compute in that.
+    fn recall(&self, kept: Self::Kept) -> Self::Buf;
     /// A buffer holding `host`.
     fn upload(&self, host: &[Self::Elem]) -> Self::Buf;
     /// The elements of a view.
@@ -47,24 +59,32 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// C = alpha A B + beta C. With beta = 0, C is not read.
     fn gemm(&self, alpha: f64, a: Mat<Self>, b: Mat<Self>, beta: f64, c: MatMut<Self>);
 
-    /// y = x W^T (+ y where `accumulate`).
+    /// y = x W^T + bias (+ y where `accumulate`).
     ///
     /// # Shapes
-    /// x `[n, d_in]`, W `[d_out, d_in]`, y `[n, d_out]`
+    /// x `[n, d_in]`, W `[d_out, d_in]`, bias `[d_out]`, y `[n, d_out]`
     fn linear(
         &self,
         x: View<Self>,
         w: MatrixRef<Self>,
+        bias: Option<View<Self>>,
         y: ViewMut<Self>,
         n: usize,
         accumulate: bool,
     );
 
-    /// dx += dy W.
+    /// dx = dy W (+ dx where `accumulate`).
     ///
     /// # Shapes
     /// dy `[n, d_out]`, W `[d_out, d_in]`, dx `[n, d_in]`
-    fn linear_backward(&self, dy: View<Self>, w: MatrixRef<Self>, dx: ViewMut<Self>, n: usize);
+    fn linear_backward(
+        &self,
+        dy: View<Self>,
+        w: MatrixRef<Self>,
+        dx: ViewMut<Self>,
+        n: usize,
+        accumulate: bool,
+    );
 
     /// y_i = row `ids[i]` of the table.
     fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>);
@@ -139,15 +159,13 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
 
     /// y = act(gate) * up
     fn gated(&self, act: GateActivation, gate: View<Self>, up: View<Self>, y: ViewMut<Self>);
-    /// Gradients of [`Device::gated`].
+    /// Gradients of [`Device::gated`], in the place of its inputs.
     fn gated_backward(
         &self,
         act: GateActivation,
-        gate: View<Self>,
-        up: View<Self>,
         dy: View<Self>,
-        dgate: ViewMut<Self>,
-        dup: ViewMut<Self>,
+        gate: ViewMut<Self>,
+        up: ViewMut<Self>,
     );
 
     /// Cross-entropy of the output head at the rows that are trained, and its gradients.

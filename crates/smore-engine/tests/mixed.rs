@@ -47,8 +47,8 @@ fn everything(device: Cpu<f32>) -> Vec<(&'static str, Vec<f32>)> {
     let w = HostMatrix::from_f32(d_out, d_in, &numbers(d_out * d_in, 1)).to_bf16();
     let (x, dy) = (numbers(n * d_in, 2), numbers(n * d_out, 3));
     let (mut y, mut dx) = (vec![0.0; n * d_out], vec![0.0; n * d_in]);
-    device.linear(v(&x), MatrixRef::Frozen(&w), m(&mut y), n, false);
-    device.linear_backward(v(&dy), MatrixRef::Frozen(&w), m(&mut dx), n);
+    device.linear(v(&x), MatrixRef::Frozen(&w), None, m(&mut y), n, false);
+    device.linear_backward(v(&dy), MatrixRef::Frozen(&w), m(&mut dx), n, false);
     let mut dw = vec![0.0; d_out * d_in];
     let (a, b) = (v(&dy).mat(n, d_out).t(), v(&x).mat(n, d_in));
     device.gemm(0.5, a, b, 1.0, m(&mut dw).mat(d_out, d_in));
@@ -92,7 +92,7 @@ fn sums_are_kept_in_f32() {
     let (n, d) = (64, 1001);
     let w = HostMatrix::from_f32(64, d, &vec![1.0; 64 * d]).to_bf16();
     let (x, mut y) = (vec![1.0; n * d], vec![0.0; n * 64]);
-    Cpu::mixed().linear(v(&x), MatrixRef::Frozen(&w), m(&mut y), n, false);
+    Cpu::mixed().linear(v(&x), MatrixRef::Frozen(&w), None, m(&mut y), n, false);
     assert!(y.iter().all(|&y| y == 1001.0));
 }
 

@@ -1,5 +1,6 @@
-//! A training step with `bf16: true`: where products round their factors, losses and gradients stay
-//! close to those of a step in f32, and threads and recomputation leave every bit.
+//! A training step with `bf16: true`: what waits for the backward pass is rounded, and factors of
+//! products where those are faster so. Losses and gradients stay close to those of a step in f32, and
+//! threads and recomputation leave every bit.
 
 use smore_engine::Cpu;
 use smore_tune::checkpoint::save_model;
@@ -58,8 +59,8 @@ fn gradients_stay_close_to_those_in_f32() {
         let (losses, grads) = step(adapter, true, false, 2);
         let (exact_losses, exact) = step(adapter, false, false, 2);
         if !Cpu::mixed().rounds_factors() {
-            assert!(losses == exact_losses && grads == exact, "{adapter}");
-            continue;
+            // Nothing is rounded on the way down.
+            assert!(losses == exact_losses, "{adapter}");
         }
         let square = |x: f32| f64::from(x) * f64::from(x);
         let length: f64 = exact.iter().map(|&g| square(g)).sum();

@@ -23,23 +23,26 @@ impl<T: Float> Act<T> {
         }
     }
 
-    /// y = sigma(x)
-    pub(crate) fn forward(self, x: &[T], y: &mut [T]) {
+    /// y = sigma(x), in the place of x where [`Act::backward`] does without x: it is empty then.
+    pub(crate) fn forward(self, x: &mut Vec<T>) -> Vec<T> {
+        let kept = matches!(self, Self::Prelu(_));
+        let mut y = if kept { x.clone() } else { std::mem::take(x) };
         simd!(match self {
-            Self::Identity => y.copy_from_slice(x),
-            Self::Relu => map(x, y, |x| if x > T::ZERO { x } else { T::ZERO }),
-            Self::Tanh => map(x, y, T::tanh),
-            Self::Prelu(a) => map(x, y, |x| if x > T::ZERO { x } else { a * x }),
+            Self::Identity => {}
+            Self::Relu => map(&mut y, |x| if x > T::ZERO { x } else { T::ZERO }),
+            Self::Tanh => map(&mut y, T::tanh),
+            Self::Prelu(a) => map(&mut y, |x| if x > T::ZERO { x } else { a * x }),
         });
+        y
     }
 
-    /// dy *= sigma'(x), given x and y = sigma(x); returns the gradient of the slope.
+    /// dy *= sigma'(x), given x and y as [`Act::forward`] left them; returns the gradient of the slope.
     pub(crate) fn backward(self, x: &[T], y: &[T], dy: &mut [T]) -> T {
         simd!(match self {
             Self::Identity => T::ZERO,
             Self::Relu => {
-                for (dy, &x) in dy.iter_mut().zip(x) {
-                    *dy = if x > T::ZERO { *dy } else { T::ZERO };
+                for (dy, &y) in dy.iter_mut().zip(y) {
+                    *dy = if y > T::ZERO { *dy } else { T::ZERO };
                 }
                 T::ZERO
             }
@@ -64,8 +67,8 @@ impl<T: Float> Act<T> {
 }
 
 #[inline(always)]
-fn map<T: Float>(x: &[T], y: &mut [T], f: impl Fn(T) -> T) {
-    for (y, &x) in y.iter_mut().zip(x) {
-        *y = f(x);
+fn map<T: Float>(x: &mut [T], f: impl Fn(T) -> T) {
+    for x in x {
+        *x = f(*x);
     }
 }

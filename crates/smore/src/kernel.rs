@@ -442,11 +442,11 @@ impl<T: Float> AdapterKernels for Cpu<T> {
                 let token = first + start + at;
                 let tree = routing.tree.tokens(spec, token, count);
                 let z = &z[(start + at) * width..(start + at + count) * width];
-                let block = forward_block(&core, pass, token, count, z, Some(tree));
+                let mut block = forward_block(&core, pass, token, count, z, Some(tree));
                 let hidden = &mut hidden[at * root..(at + count) * root];
                 let dz = &mut dz[at * width..(at + count) * width];
                 let valid = pass.valid.map(|v| &v[token..token + count]);
-                backward_block(&core, &block, count, z, hidden, &slopes, valid, &mut grads, dz);
+                backward_block(&core, &mut block, count, z, hidden, &slopes, valid, &mut grads, dz);
                 hidden.copy_from_slice(&block.layers[spec.depth() - 1].hidden);
             }
             grads
@@ -454,7 +454,9 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         // As many spans at a time as there are threads: their sums are all that is held, and they
         // are added in the order of the spans, however many that are.
         let wave = SPAN * rayon::current_num_threads();
-        let mut sum = vec![T::ZERO; core.layout.core_len()];
+        let grads = &mut Self::slice_mut(grads)[core.layout.core..];
+        // Slopes by unit keys are turned into those by keys when all are there: on their own.
+        let mut apart = vec![T::ZERO; if core.unit_keys.is_empty() { 0 } else { grads.len() }];
         let waves = dz.chunks_mut(wave * width).zip(hidden.chunks_mut(wave * root));
         for (w, (dz, hidden)) in waves.enumerate() {
             let parts: Vec<Vec<T>> = dz
@@ -464,11 +466,11 @@ impl<T: Float> AdapterKernels for Cpu<T> {
                 .map(|(i, (dz, hidden))| span_of(w * wave + i * SPAN, dz, hidden))
                 .collect();
             for part in &parts {
-                router::add_to(&mut sum, part);
+                router::add_to(if apart.is_empty() { &mut *grads } else { &mut apart }, part);
             }
         }
-        core.finish_key_grads(&mut sum);
-        router::add_to(&mut Self::slice_mut(grads)[core.layout.core..], &sum);
+        core.finish_key_grads(&mut apart);
+        router::add_to(grads, &apart);
     }
 }
 
@@ -499,7 +501,7 @@ pub(crate) fn scaled(slopes: &[BalanceSlopes], factor: f64) -> Vec<BalanceSlopes
 
 fn backward_block<T: Float>(
     core: &Core<T>,
-    block: &Block<T>,
+    block: &mut Block<T>,
     n: usize,
     z: &[T],
     droot: &[T],
@@ -513,7 +515,7 @@ fn backward_block<T: Float>(
     let mut dhidden = droot.to_vec();
     for l in (0..core.spec.depth()).rev() {
         let (mut dweight, mut dbelow) =
-            propagate::backward(core, l, n, tree, layers, &dhidden, grads, dz);
+            propagate::backward(core, l, n, tree, &mut layers[l], &dhidden, grads, dz);
         let (slopes, dview) = (Some(&slopes[l]), &mut dz[view..]);
         let (routed, dweight) = (&routed[l], &mut dweight);
         if core.spec.bottom_up() {

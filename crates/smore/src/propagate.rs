@@ -30,14 +30,16 @@ pub(crate) struct LayerValues<T> {
     inputs: Vec<T>,
     /// u of each row, `[rows, d_{l+1}]`
     residuals: Vec<T>,
-    /// The children's outputs as each node takes them, `[n * nodes, d_l]`; empty at the leaves
+    /// The children's outputs as each node takes them, where sigma stands on them and its backward
+    /// pass needs its argument, `[n * nodes, d_l]`
     taken: Vec<T>,
-    /// What W_l multiplies: `taken`, through sigma where it stands on the child,
+    /// What W_l multiplies: the children's outputs, through sigma where it stands on the child,
     /// `[n * nodes, d_l]`; empty at the leaves
     below: Vec<T>,
-    /// Argument of sigma at each node (`all`), or W x + bias (`child`), `[n * nodes, d_{l+1}]`
+    /// W x + bias at each node (`child`), or the argument of sigma (`all`) where its backward pass
+    /// needs it, `[n * nodes, d_{l+1}]`
     inner: Vec<T>,
-    /// sigma of `inner` for `all`, else empty
+    /// sigma at each node for `all`, `[n * nodes, d_{l+1}]`, else empty
     outer: Vec<T>,
     /// The layer's output for every parent, `[n * parents, d_{l+1}]`
     pub(crate) hidden: Vec<T>,
@@ -149,18 +151,21 @@ fn transform_children<T: Float>(
 ) {
     let layer = &core.spec.layers[l];
     let (nodes, width, below) = (n * layer.nodes, layer.width, layer.width_below);
-    values.taken = children.to_vec();
+    let mut taken = Vec::with_capacity(nodes * below);
     if tree.layers[l].source.is_some() {
         let rows = core.spec.layers[l - 1].parents;
-        values.taken = vec![T::ZERO; nodes * below];
-        for (node, taken) in values.taken.chunks_exact_mut(below).enumerate() {
+        for node in 0..nodes {
             let row = source(core, l, tree, node, rows);
-            taken.copy_from_slice(&children[row * below..][..below]);
+            taken.extend_from_slice(&children[row * below..][..below]);
         }
+    } else {
+        taken.extend_from_slice(children);
     }
-    values.below = values.taken.clone();
-    if core.spec.position != ActivationPosition::All {
-        core.act(l).forward(&values.taken, &mut values.below);
+    if core.spec.position == ActivationPosition::All {
+        values.below = taken;
+    } else {
+        values.below = core.act(l).forward(&mut taken);
+        values.taken = taken;
     }
     let (w, bias) = core.transform(l);
     values.inner = bias.repeat(nodes);
@@ -191,8 +196,7 @@ fn aggregate<T: Float>(
                 add_to(inner, residual(residuals, row_of, core, l, tree, node));
             }
         });
-        values.outer = vec![T::ZERO; values.inner.len()];
-        core.act(l).forward(&values.inner, &mut values.outer);
+        values.outer = core.act(l).forward(&mut values.inner);
     }
     let LayerValues { row_of, residuals, inner, outer, hidden, .. } = values;
     let weights = &tree.layers[l].gate_weight;
@@ -241,20 +245,22 @@ fn axpy<T: Float>(a: T, x: &[T], y: &mut [T]) {
 
 /// From the slopes by the output of layer `l` to those by z (added to `dz`), by the gate weights
 /// `[n * nodes]` and by the output of the layer below (empty at the leaves); up factors, transforms
-/// and prelu slopes are added to `grads`.
+/// and prelu slopes are added to `grads`. Slopes take the place of `values` but for the output.
 pub(crate) fn backward<T: Float>(
     core: &Core<T>,
     l: usize,
     n: usize,
     tree: &ResidualTree<T>,
-    layers: &[LayerValues<T>],
+    values: &mut LayerValues<T>,
     dhidden: &[T],
     grads: &mut [T],
     dz: &mut [T],
 ) -> (Vec<T>, Vec<T>) {
-    let values = &layers[l];
-    let (dweight, dinner, dresiduals) = split(core, l, n, tree, values, dhidden, grads);
-    residuals_backward(core, l, values, &dresiduals, grads, dz);
+    let (dweight, dinner) = match core.spec.position {
+        ActivationPosition::All => split_all(core, l, tree, values, dhidden, grads),
+        _ => split_child(core, l, tree, values, dhidden),
+    };
+    residuals_backward(core, l, values, grads, dz);
     let dbelow = if l > 0 {
         transform_backward(core, l, n, tree, values, &dinner, grads)
     } else {
@@ -263,55 +269,78 @@ pub(crate) fn backward<T: Float>(
     (dweight, dbelow)
 }
 
-/// The backward pass of [`aggregate`]: slopes by gate weights, by `inner` and by the residuals.
-fn split<T: Float>(
+/// The backward pass of [`aggregate`] where sigma stands on all: slopes by gate weights and by
+/// sigma's argument, in the place of `outer`; `residuals` become the slopes by them.
+fn split_all<T: Float>(
     core: &Core<T>,
     l: usize,
-    n: usize,
     tree: &ResidualTree<T>,
-    values: &LayerValues<T>,
+    values: &mut LayerValues<T>,
     dhidden: &[T],
     grads: &mut [T],
-) -> (Vec<T>, Vec<T>, Vec<T>) {
+) -> (Vec<T>, Vec<T>) {
+    let layer = &core.spec.layers[l];
+    let (width, act) = (layer.width, core.act(l));
+    let mut dweight = vec![T::ZERO; tree.layers[l].gate_weight.len()];
+    let mut dinner = std::mem::take(&mut values.outer);
+    let mut dresiduals = std::mem::take(&mut values.residuals);
+    let mut dslope = T::ZERO;
+    simd!({
+        dresiduals.fill(T::ZERO);
+        let mut slopes = vec![T::ZERO; width];
+        let weights = tree.layers[l].gate_weight.iter().zip(&mut dweight);
+        for (node, ((&weight, dweight), outer)) in
+            weights.zip(dinner.chunks_exact_mut(width)).enumerate()
+        {
+            let dparent = &dhidden[node / layer.fanout * width..][..width];
+            *dweight = dot(dparent, outer);
+            for (d, &dparent) in slopes.iter_mut().zip(dparent) {
+                *d = weight * dparent;
+            }
+            let inner = values.inner.get(node * width..(node + 1) * width).unwrap_or(&[]);
+            dslope += act.backward(inner, outer, &mut slopes);
+            outer.copy_from_slice(&slopes);
+            add_to(residual_mut(&mut dresiduals, &values.row_of, core, l, tree, node), outer);
+        }
+    });
+    values.residuals = dresiduals;
+    add_slope(core, l, dslope, grads);
+    (dweight, dinner)
+}
+
+/// The backward pass of [`aggregate`] where sigma stands on the children: slopes by gate weights and
+/// by `inner`; `residuals` become the slopes by them.
+fn split_child<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    tree: &ResidualTree<T>,
+    values: &mut LayerValues<T>,
+    dhidden: &[T],
+) -> (Vec<T>, Vec<T>) {
     let layer = &core.spec.layers[l];
     let width = layer.width;
-    let position = core.spec.position;
     let weights = &tree.layers[l].gate_weight;
-    let mut dweight = vec![T::ZERO; n * layer.nodes];
-    let mut dinner = vec![T::ZERO; n * layer.nodes * width];
+    let mut dweight = vec![T::ZERO; weights.len()];
+    let mut dinner = vec![T::ZERO; weights.len() * width];
     let mut dresiduals = vec![T::ZERO; values.residuals.len()];
+    let LayerValues { row_of, residuals, inner, .. } = &*values;
     simd!({
         for (node, dinner) in dinner.chunks_exact_mut(width).enumerate() {
             let weight = weights[node];
             let dparent = &dhidden[node / layer.fanout * width..][..width];
-            let inner = values.inner.get(node * width..(node + 1) * width).unwrap_or(&[]);
-            if position == ActivationPosition::All {
-                dweight[node] = dot(dparent, &values.outer[node * width..][..width]);
-                axpy(weight, dparent, dinner);
-                continue;
-            }
-            let u = residual(&values.residuals, &values.row_of, core, l, tree, node);
-            dweight[node] = dot(dparent, u);
-            let du = residual_mut(&mut dresiduals, values, core, l, tree, node);
+            dweight[node] = dot(dparent, residual(residuals, row_of, core, l, tree, node));
+            let du = residual_mut(&mut dresiduals, row_of, core, l, tree, node);
             axpy(weight, dparent, du);
-            if l > 0 && position == ActivationPosition::ChildV2 {
-                dweight[node] += dot(dparent, inner);
+            if l > 0 && core.spec.position == ActivationPosition::ChildV2 {
+                dweight[node] += dot(dparent, &inner[node * width..][..width]);
                 axpy(weight, dparent, dinner);
             } else if l > 0 {
                 axpy(T::ONE, dparent, dinner);
             }
         }
     });
-    if position == ActivationPosition::All {
-        let dslope = core.act(l).backward(&values.inner, &values.outer, &mut dinner);
-        add_slope(core, l, dslope, grads);
-        simd!({
-            for (node, dinner) in dinner.chunks_exact(width).enumerate() {
-                add_to(residual_mut(&mut dresiduals, values, core, l, tree, node), dinner);
-            }
-        });
-    }
-    (dweight, dinner, dresiduals)
+    values.residuals = dresiduals;
+    (dweight, dinner)
 }
 
 fn add_slope<T: Float>(core: &Core<T>, l: usize, dslope: T, grads: &mut [T]) {
@@ -323,7 +352,7 @@ fn add_slope<T: Float>(core: &Core<T>, l: usize, dslope: T, grads: &mut [T]) {
 #[inline(always)]
 fn residual_mut<'a, T: Float>(
     dresiduals: &'a mut [T],
-    values: &LayerValues<T>,
+    row_of: &[u32],
     core: &Core<T>,
     l: usize,
     tree: &ResidualTree<T>,
@@ -331,16 +360,15 @@ fn residual_mut<'a, T: Float>(
 ) -> &'a mut [T] {
     let layer = &core.spec.layers[l];
     let expert = usize::from(tree.layers[l].expert_idx[node]);
-    let row = values.row_of[node / layer.nodes * layer.experts + expert] as usize;
+    let row = row_of[node / layer.nodes * layer.experts + expert] as usize;
     &mut dresiduals[row * layer.width..][..layer.width]
 }
 
-/// The backward pass of [`residuals`]; adds to `dz [n, stack_width]`.
+/// The backward pass of [`residuals`], which hold the slopes by them; adds to `dz [n, stack_width]`.
 fn residuals_backward<T: Float>(
     core: &Core<T>,
     l: usize,
-    values: &LayerValues<T>,
-    dresiduals: &[T],
+    values: &mut LayerValues<T>,
     grads: &mut [T],
     dz: &mut [T],
 ) {
@@ -348,23 +376,25 @@ fn residuals_backward<T: Float>(
     let (rank, width, stride) = (layer.rank, layer.width, core.spec.stack_width());
     let scale = T::from_f64(layer.scale);
     let at = &core.layout.layers[l];
-    let mut dinputs = vec![T::ZERO; values.inputs.len()];
     for expert in 0..layer.experts {
         let (first, last) = (values.first_row[expert], values.first_row[expert + 1]);
         let rows = last - first;
-        let du = Strided::new(&dresiduals[first * width..last * width], rows, width);
+        let du = Strided::new(&values.residuals[first * width..last * width], rows, width);
         let dbias = &mut grads[at.up_bias + expert * width..][..width];
-        for du in du.data.chunks_exact(width) {
-            axpy(scale, du, dbias);
-        }
-        let inputs = Strided::new(&values.inputs[first * rank..last * rank], rows, rank);
+        simd!({
+            for du in du.data.chunks_exact(width) {
+                axpy(scale, du, dbias);
+            }
+        });
+        let inputs = &mut values.inputs[first * rank..last * rank];
         let dup = &mut grads[at.up + expert * width * rank..];
-        gemm(false, scale, du.t(), inputs, T::ONE, StridedMut::new(dup, width, rank));
+        let target = StridedMut::new(dup, width, rank);
+        gemm(false, scale, du.t(), Strided::new(inputs, rows, rank), T::ONE, target);
         let up = Strided::new(&core.up(l)[expert * width * rank..], width, rank);
-        let dinputs = &mut dinputs[first * rank..last * rank];
-        gemm(false, scale, du, up, T::ZERO, StridedMut::new(dinputs, rows, rank));
+        // In the place of the inputs, which are no longer needed.
+        gemm(false, scale, du, up, T::ZERO, StridedMut::new(inputs, rows, rank));
         let column = layer.stack_start + expert * rank;
-        for (d, &token) in dinputs.chunks_exact(rank).zip(&values.token_of[first..last]) {
+        for (d, &token) in inputs.chunks_exact(rank).zip(&values.token_of[first..last]) {
             add_to(&mut dz[token as usize * stride + column..][..rank], d);
         }
     }
@@ -376,7 +406,7 @@ fn transform_backward<T: Float>(
     l: usize,
     n: usize,
     tree: &ResidualTree<T>,
-    values: &LayerValues<T>,
+    values: &mut LayerValues<T>,
     dinner: &[T],
     grads: &mut [T],
 ) -> Vec<T> {
@@ -390,11 +420,14 @@ fn transform_backward<T: Float>(
         let d = Strided::new(dinner, nodes, width);
         gemm(false, T::ONE, d.t(), Strided::new(&values.below, nodes, below), T::ONE, dw);
     }
-    let mut dbelow = vec![T::ZERO; nodes * below];
+    let all = core.spec.position == ActivationPosition::All;
+    // In the place of what W multiplied, where sigma does not ask for it.
+    let mut dbelow =
+        if all { std::mem::take(&mut values.below) } else { vec![T::ZERO; nodes * below] };
     let w = Strided::new(core.transform(l).0, width, below);
     let target = StridedMut::new(&mut dbelow, nodes, below);
     gemm(false, T::ONE, Strided::new(dinner, nodes, width), w, T::ZERO, target);
-    if core.spec.position != ActivationPosition::All {
+    if !all {
         let dslope = core.act(l).backward(&values.taken, &values.below, &mut dbelow);
         add_slope(core, l, dslope, grads);
     }

@@ -21,6 +21,33 @@ pub(super) fn zeros<T: Float>(len: usize) -> Vec<T> {
     all
 }
 
+/// Elements to be overwritten: anything, and NaN where debug assertions are on.
+pub(super) fn unwritten<T: Float>(len: usize) -> Vec<T> {
+    if cfg!(debug_assertions) {
+        return vec![T::from_f64(f64::NAN); len];
+    }
+    any_bits(len)
+}
+
+/// Elements of any bits.
+#[allow(clippy::uninit_vec, reason = "the assembly below may have written it")]
+pub(super) fn any_bits<E: bytemuck::Pod>(len: usize) -> Vec<E> {
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+    return vec![E::zeroed(); len];
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    {
+        let mut all: Vec<E> = Vec::with_capacity(len);
+        // SAFETY: the assembly does nothing, but for the compiler it may have written all that the
+        // pointer leads to, so that what lies there are bits like others; and any make an element.
+        unsafe {
+            let start = all.as_mut_ptr();
+            std::arch::asm!("/* {0} */", in(reg) start, options(nostack, preserves_flags));
+            all.set_len(len);
+        }
+        all
+    }
+}
+
 /// x = cap tanh(x / cap)
 pub(super) fn soft_cap<T: Float>(cap: T, x: &mut [T]) {
     x.par_chunks_mut(CHUNK).for_each(|x| {
@@ -43,8 +70,12 @@ pub(super) fn add<T: Float>(x: &[T], y: &mut [T]) {
     });
 }
 
-pub(super) fn add_row<T: Float>(row: &[T], y: &mut [T]) {
+/// The row in every row of y, or added to it where `accumulate`.
+pub(super) fn add_row<T: Float>(row: &[T], y: &mut [T], accumulate: bool) {
     y.par_chunks_mut(row.len()).for_each(|y| {
+        if !accumulate {
+            return y.copy_from_slice(row);
+        }
         simd!({
             for (y, &x) in y.iter_mut().zip(row) {
                 *y += x;

@@ -15,10 +15,11 @@ pub(super) const FEW_TOKENS: usize = 4;
 /// piece of x is loaded once for all.
 const GROUP: usize = 4;
 
-/// y = x W^T, + y where `accumulate`, for up to [`FEW_TOKENS`] tokens.
+/// y = x W^T + bias, + y where `accumulate`, for up to [`FEW_TOKENS`] tokens.
 pub(super) fn forward<T: Float>(
     x: &[T],
     w: &MatrixRef<Cpu<T>>,
+    bias: Option<&[T]>,
     y: &mut [T],
     n: usize,
     accumulate: bool,
@@ -44,13 +45,17 @@ pub(super) fn forward<T: Float>(
             group([row(rows / GROUP * GROUP + i)], stored, x, d_in, out);
         }
     };
+    let write = |y: &mut T, o: usize, product: T| {
+        let product = bias.map_or(product, |bias| product + bias[o]);
+        *y = if accumulate { *y + product } else { product };
+    };
     if n == 1 {
         y.par_chunks_mut(ROWS).enumerate().for_each(|(i, y)| {
             let mut sums = [T::ZERO; ROWS];
             let sums = &mut sums[..y.len()];
             products(i * ROWS, sums);
-            for (y, &sum) in y.iter_mut().zip(sums.iter()) {
-                *y = if accumulate { *y + sum } else { sum };
+            for (r, (y, &sum)) in y.iter_mut().zip(sums.iter()).enumerate() {
+                write(y, i * ROWS + r, sum);
             }
         });
         return;
@@ -61,8 +66,7 @@ pub(super) fn forward<T: Float>(
     tasks.for_each(|(i, out)| products(i * ROWS, out));
     for (o, column) in transposed.chunks_exact(n).enumerate() {
         for (i, &value) in column.iter().enumerate() {
-            let y = &mut y[i * d_out + o];
-            *y = if accumulate { *y + value } else { value };
+            write(&mut y[i * d_out + o], o, value);
         }
     }
 }

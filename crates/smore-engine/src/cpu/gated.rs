@@ -76,36 +76,23 @@ fn forward_with<T: Float, A: Act>(gate: &[T], up: &[T], y: &mut [T]) {
         });
 }
 
-pub(super) fn backward<T: Float>(
-    act: GateActivation,
-    gate: &[T],
-    up: &[T],
-    dy: &[T],
-    dgate: &mut [T],
-    dup: &mut [T],
-) {
+/// In place: gate and up become the slopes by them.
+pub(super) fn backward<T: Float>(act: GateActivation, dy: &[T], gate: &mut [T], up: &mut [T]) {
     match act {
-        GateActivation::Silu => backward_with::<T, Silu>(gate, up, dy, dgate, dup),
-        GateActivation::GeluTanh => backward_with::<T, GeluTanh>(gate, up, dy, dgate, dup),
+        GateActivation::Silu => backward_with::<T, Silu>(dy, gate, up),
+        GateActivation::GeluTanh => backward_with::<T, GeluTanh>(dy, gate, up),
     }
 }
 
-fn backward_with<T: Float, A: Act>(gate: &[T], up: &[T], dy: &[T], dgate: &mut [T], dup: &mut [T]) {
-    (
-        dgate.par_chunks_mut(CHUNK),
-        dup.par_chunks_mut(CHUNK),
-        gate.par_chunks(CHUNK),
-        up.par_chunks(CHUNK),
-        dy.par_chunks(CHUNK),
-    )
+fn backward_with<T: Float, A: Act>(dy: &[T], gate: &mut [T], up: &mut [T]) {
+    assert!(dy.len() == gate.len() && dy.len() == up.len(), "gated shapes");
+    (gate.par_chunks_mut(CHUNK), up.par_chunks_mut(CHUNK), dy.par_chunks(CHUNK))
         .into_par_iter()
-        .for_each(|(dgate, dup, gate, up, dy)| {
+        .for_each(|(gate, up, dy)| {
             simd!({
-                let values = gate.iter().zip(up).zip(dy);
-                for ((dg, du), ((&g, &u), &dy)) in dgate.iter_mut().zip(dup).zip(values) {
-                    let (value, slope) = A::value_and_slope(g);
-                    *dg += dy * u * slope;
-                    *du += dy * value;
+                for ((g, u), &dy) in gate.iter_mut().zip(up).zip(dy) {
+                    let (value, slope) = A::value_and_slope(*g);
+                    (*g, *u) = (dy * *u * slope, dy * value);
                 }
             });
         });

@@ -122,7 +122,7 @@ const PARALLEL_FROM: usize = 1 << 18;
 
 /// From this many rows, columns and depth on tiles of ours are filled well enough.
 #[cfg(target_arch = "x86_64")]
-const SLIM: usize = 32;
+pub(super) const SLIM: usize = 32;
 
 /// As [`gemm`] on several threads, in bf16 with sums in f32 where `mixed` and that is faster here.
 pub(super) fn product<T: Float>(
@@ -138,7 +138,7 @@ pub(super) fn product<T: Float>(
         && let Some([left, right]) = pairs(mixed, a, b, beta)
     {
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
-        return packed::product(Words::Pairs, alpha, left, right, c, beta == T::ONE);
+        return packed::product(Words::Pairs, alpha, left, right, None, c, beta == T::ONE);
     }
     let _ = mixed;
     gemm(true, alpha, a, b, beta, c);

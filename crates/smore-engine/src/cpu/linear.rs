@@ -1,8 +1,9 @@
 //! y = x W^T over a frozen or trained W, and dx = dy W.
 
 use super::Cpu;
+use super::elementwise::add_row;
 use super::few;
-use super::gemm::{Strided, StridedMut, gemm, product};
+use super::gemm::{SLIM, Strided, StridedMut, gemm, product};
 #[cfg(target_arch = "x86_64")]
 use super::packed;
 #[cfg(target_arch = "x86_64")]
@@ -16,11 +17,12 @@ use rayon::prelude::*;
 const PANEL_ROWS: usize = 1024;
 
 impl<T: Float> Cpu<T> {
-    /// y = x W^T, + y where `accumulate`.
+    /// y = x W^T + bias, + y where `accumulate`.
     pub(super) fn forward(
         self,
         x: &[T],
         w: &MatrixRef<Self>,
+        bias: Option<&[T]>,
         y: &mut [T],
         n: usize,
         accumulate: bool,
@@ -28,15 +30,18 @@ impl<T: Float> Cpu<T> {
         let (d_out, d_in) = shape(w);
         assert_eq!((x.len(), y.len()), (n * d_in, n * d_out), "linear shapes");
         if n <= few::FEW_TOKENS {
-            return few::forward(x, w, y, n, accumulate);
+            return few::forward(x, w, bias, y, n, accumulate);
         }
         let x = Strided::new(x, n, d_in);
-        let beta = if accumulate { T::ONE } else { T::ZERO };
         #[cfg(target_arch = "x86_64")]
-        if let Some((words, host)) = self.packed_weight(w) {
+        if let Some((words, b)) = self.packed(w, n) {
             let a = x.cast().and_then(Operand::rows_of).expect("rows of f32");
-            let (b, c) = (Operand::rows_of_weight(host), StridedMut::new(y, n, d_out).cast());
-            return packed::product(words, 1.0, a, b, c.expect("f32"), accumulate);
+            let (c, bias) = (StridedMut::new(y, n, d_out).cast(), bias.map(bytemuck::cast_slice));
+            return packed::product(words, 1.0, a, b, bias, c.expect("f32"), accumulate);
+        }
+        let beta = if accumulate || bias.is_some() { T::ONE } else { T::ZERO };
+        if let Some(bias) = bias {
+            add_row(bias, y, accumulate);
         }
         for_panels(w, |first, panel| {
             let rows = panel.len() / d_in;
@@ -45,36 +50,55 @@ impl<T: Float> Cpu<T> {
         });
     }
 
-    /// dx += dy W.
-    pub(super) fn backward(self, dy: &[T], w: &MatrixRef<Self>, dx: &mut [T], n: usize) {
+    /// dx = dy W, + dx where `accumulate`.
+    pub(super) fn backward(
+        self,
+        dy: &[T],
+        w: &MatrixRef<Self>,
+        dx: &mut [T],
+        n: usize,
+        accumulate: bool,
+    ) {
         let (d_out, d_in) = shape(w);
         assert_eq!((dy.len(), dx.len()), (n * d_out, n * d_in), "linear shapes");
         #[cfg(target_arch = "x86_64")]
-        if let Some((words @ Words::Pairs, host)) = self.packed_weight(w) {
+        if let Some((words @ Words::Pairs, b)) = self.packed(w, n) {
             let dy = Strided::new(dy, n, d_out).cast();
             let a = dy.and_then(Operand::rows_of).expect("rows of f32");
-            let (b, c) = (Operand::columns_of_weight(host), StridedMut::new(dx, n, d_in).cast());
-            return packed::product(words, 1.0, a, b, c.expect("f32"), true);
+            let c = StridedMut::new(dx, n, d_in).cast().expect("f32");
+            return packed::product(words, 1.0, a, b.t(), None, c, accumulate);
         }
         for_panels(w, |first, panel| {
             let rows = panel.len() / d_in;
             let a = Strided::rows_apart(&dy[first..], n, rows, d_out);
             let c = StridedMut::new(dx, n, d_in);
+            let beta = if accumulate || first > 0 { T::ONE } else { T::ZERO };
             // In f32 the crate is the faster one this way round.
-            gemm(true, T::ONE, a, Strided::new(panel, rows, d_in), T::ONE, c);
+            gemm(true, T::ONE, a, Strided::new(panel, rows, d_in), beta, c);
         });
     }
 
-    /// A frozen W that a kernel of our own reads as it is, and in which words.
+    /// The rows of W where a kernel of our own multiplies them with `n` others, and in which words.
     #[cfg(target_arch = "x86_64")]
-    fn packed_weight<'a>(self, w: &'a MatrixRef<Self>) -> Option<(Words, &'a HostMatrix)> {
-        let MatrixRef::Frozen(host) = w else { return None };
+    fn packed<'a>(self, w: &MatrixRef<'a, Self>, n: usize) -> Option<(Words, Operand<'a>)> {
         if size_of::<T>() != size_of::<f32>() {
             return None;
         }
-        let mixed = self.mixed && host.dtype == Dtype::Bf16 && packed::pairs_are_faster();
-        let words = if mixed { Words::Pairs } else { Words::Wide };
-        packed::available(words).then_some((words, host))
+        let pairs = self.mixed && packed::pairs_are_faster();
+        let words = |pairs| if pairs { Words::Pairs } else { Words::Wide };
+        let (words, rows) = match *w {
+            MatrixRef::Frozen(host) => {
+                (words(pairs && host.dtype == Dtype::Bf16), Operand::rows_of_weight(host))
+            }
+            MatrixRef::Trained(view, rows, cols) => {
+                if !pairs || rows.min(cols).min(n) < SLIM {
+                    return None;
+                }
+                let w = Strided::new(Cpu::slice(view), rows, cols).cast()?;
+                (Words::Pairs, Operand::rows_of(w)?)
+            }
+        };
+        packed::available(words).then_some((words, rows))
     }
 }
 
@@ -193,7 +217,7 @@ mod tests {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut y = vec![0f32; d_out];
             let w = MatrixRef::Frozen(&host);
-            pool.install(|| Cpu::new().forward(&x, &w, &mut y, 1, false));
+            pool.install(|| Cpu::new().forward(&x, &w, None, &mut y, 1, false));
             y
         };
         let all = run(1);
@@ -214,20 +238,28 @@ mod tests {
                 let mut w = vec![0f64; d_out * d_in];
                 widen(&host, 0, &mut w);
                 let x: Vec<f32> = (0..n * d_in).map(|i| value(i * 7 + 3)).collect();
+                let bias: Vec<f32> = (0..d_out).map(|o| value(o * 3)).collect();
                 let mut y = vec![1f32; n * d_out];
-                Cpu::new().forward(&x, &MatrixRef::Frozen(&host), &mut y, n, true);
+                Cpu::new().forward(&x, &MatrixRef::Frozen(&host), Some(&bias), &mut y, n, true);
+                let mut own = vec![f32::NAN; n * d_out];
+                Cpu::new().forward(&x, &MatrixRef::Frozen(&host), Some(&bias), &mut own, n, false);
                 let mut dx = vec![2f32; n * d_in];
-                Cpu::new().backward(&y, &MatrixRef::Frozen(&host), &mut dx, n);
+                Cpu::new().backward(&y, &MatrixRef::Frozen(&host), &mut dx, n, true);
+                let mut alone = vec![f32::NAN; n * d_in];
+                Cpu::new().backward(&y, &MatrixRef::Frozen(&host), &mut alone, n, false);
                 for i in 0..n {
                     for o in 0..d_out {
                         let sum: f64 =
                             (0..d_in).map(|j| f64::from(x[i * d_in + j]) * w[o * d_in + j]).sum();
+                        let sum = sum + f64::from(bias[o]);
                         assert!((f64::from(y[i * d_out + o]) - 1.0 - sum).abs() < 1e-5);
+                        assert!((f64::from(own[i * d_out + o]) - sum).abs() < 1e-5);
                     }
                     for j in 0..d_in {
                         let sum: f64 =
                             (0..d_out).map(|o| f64::from(y[i * d_out + o]) * w[o * d_in + j]).sum();
                         assert!((f64::from(dx[i * d_in + j]) - 2.0 - sum).abs() < 1e-3);
+                        assert!((f64::from(alone[i * d_in + j]) - sum).abs() < 1e-3);
                     }
                 }
             }

@@ -2,6 +2,7 @@
 //! a time and never for a whole batch.
 
 use super::Cpu;
+use super::elementwise::unwritten;
 use super::gemm::{Strided, StridedMut, gemm};
 use super::linear;
 use super::simd::{self, simd};
@@ -30,15 +31,15 @@ pub(super) fn cross_entropy<T: Float>(
     let rows = logit_rows(vocabulary);
     let mut losses = Vec::with_capacity(targets.len());
     let room = rows.min(targets.len());
-    let (mut x, mut logits) = (vec![T::ZERO; room * d], vec![T::ZERO; room * vocabulary]);
-    let mut slopes = dh.as_ref().map(|_| vec![T::ZERO; room * d]);
+    let (mut x, mut logits) = (unwritten(room * d), unwritten(room * vocabulary));
+    let mut slopes = dh.as_ref().map(|_| unwritten(room * d));
     for chunk in targets.chunks(rows) {
         let n = chunk.len();
         let (x, logits) = (&mut x[..n * d], &mut logits[..n * vocabulary]);
         for (&(row, _), x) in chunk.iter().zip(x.chunks_exact_mut(d)) {
             x.copy_from_slice(&h[row as usize * d..][..d]);
         }
-        device.forward(x, head, logits, n, false);
+        device.forward(x, head, None, logits, n, false);
         let wanted = dh.is_some() || dhead.is_some();
         losses.par_extend(
             logits
@@ -48,8 +49,7 @@ pub(super) fn cross_entropy<T: Float>(
         );
         if let (Some(dh), Some(slopes)) = (dh.as_deref_mut(), &mut slopes) {
             let dx = &mut slopes[..n * d];
-            dx.fill(T::ZERO);
-            device.backward(logits, head, dx, n);
+            device.backward(logits, head, dx, n, false);
             for (&(row, _), dx) in chunk.iter().zip(dx.chunks_exact(d)) {
                 let dh = &mut dh[row as usize * d..][..d];
                 for (dh, &dx) in dh.iter_mut().zip(dx) {

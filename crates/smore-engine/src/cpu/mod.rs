@@ -12,6 +12,7 @@ mod embedding;
 mod few;
 mod gated;
 mod gemm;
+mod kept;
 mod linear;
 mod loss;
 mod norm;
@@ -26,6 +27,7 @@ mod simd;
 
 pub use few::chosen_rows;
 pub use gemm::{Strided, StridedMut, gemm};
+pub use kept::Kept;
 pub use loss::logit_rows;
 pub use simd::{dispatch, dot, simd};
 
@@ -65,8 +67,9 @@ pub fn keep_freed_memory() {
 }
 
 impl Cpu<f32> {
-    /// As [`Cpu::new`], but factors of products are rounded to bf16, and sums kept in f32, where this
-    /// processor multiplies those faster. Products with few tokens stay in f32 all the same.
+    /// As [`Cpu::new`], but what waits for the backward pass is kept in bf16, and factors of products
+    /// are rounded to bf16, with sums in f32, where this processor multiplies those faster. Products
+    /// with few tokens stay in f32 all the same.
     pub fn mixed() -> Self {
         Self { mixed: true, numbers: PhantomData }
     }
@@ -96,6 +99,7 @@ impl<T: Float> Cpu<T> {
 impl<T: Float> Device for Cpu<T> {
     type Elem = T;
     type Buf = Vec<T>;
+    type Kept = Kept<T>;
     type Weight = HostMatrix;
 
     fn within<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
@@ -106,8 +110,25 @@ impl<T: Float> Device for Cpu<T> {
         elementwise::zeros(len)
     }
 
+    fn unwritten(&self, len: usize) -> Vec<T> {
+        elementwise::unwritten(len)
+    }
+
     fn copy(&self, view: View<Self>) -> Vec<T> {
         Self::slice(view).to_vec()
+    }
+
+    fn keep(&self, buf: Vec<T>) -> Kept<T> {
+        if self.mixed { kept::halves(&buf) } else { Kept::Whole(buf) }
+    }
+
+    fn keep_copy(&self, view: View<Self>) -> Kept<T> {
+        let x = Self::slice(view);
+        if self.mixed { kept::halves(x) } else { Kept::Whole(x.to_vec()) }
+    }
+
+    fn recall(&self, kept: Kept<T>) -> Vec<T> {
+        kept.recall()
     }
 
     fn upload(&self, host: &[T]) -> Vec<T> {
@@ -150,15 +171,24 @@ impl<T: Float> Device for Cpu<T> {
         &self,
         x: View<Self>,
         w: MatrixRef<Self>,
+        bias: Option<View<Self>>,
         y: ViewMut<Self>,
         n: usize,
         accumulate: bool,
     ) {
-        self.forward(Self::slice(x), &w, Self::slice_mut(y), n, accumulate);
+        let bias = bias.map(Self::slice);
+        self.forward(Self::slice(x), &w, bias, Self::slice_mut(y), n, accumulate);
     }
 
-    fn linear_backward(&self, dy: View<Self>, w: MatrixRef<Self>, dx: ViewMut<Self>, n: usize) {
-        self.backward(Self::slice(dy), &w, Self::slice_mut(dx), n);
+    fn linear_backward(
+        &self,
+        dy: View<Self>,
+        w: MatrixRef<Self>,
+        dx: ViewMut<Self>,
+        n: usize,
+        accumulate: bool,
+    ) {
+        self.backward(Self::slice(dy), &w, Self::slice_mut(dx), n, accumulate);
     }
 
     fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>) {
@@ -276,20 +306,11 @@ impl<T: Float> Device for Cpu<T> {
     fn gated_backward(
         &self,
         act: GateActivation,
-        gate: View<Self>,
-        up: View<Self>,
         dy: View<Self>,
-        dgate: ViewMut<Self>,
-        dup: ViewMut<Self>,
+        gate: ViewMut<Self>,
+        up: ViewMut<Self>,
     ) {
-        gated::backward(
-            act,
-            Self::slice(gate),
-            Self::slice(up),
-            Self::slice(dy),
-            Self::slice_mut(dgate),
-            Self::slice_mut(dup),
-        );
+        gated::backward(act, Self::slice(dy), Self::slice_mut(gate), Self::slice_mut(up));
     }
 
     fn cross_entropy(
@@ -325,7 +346,7 @@ impl<T: Float> Device for Cpu<T> {
     }
 
     fn add_row(&self, row: View<Self>, y: ViewMut<Self>) {
-        elementwise::add_row(Self::slice(row), Self::slice_mut(y));
+        elementwise::add_row(Self::slice(row), Self::slice_mut(y), true);
     }
 
     fn sum_rows(&self, y: View<Self>, sum: ViewMut<Self>) {

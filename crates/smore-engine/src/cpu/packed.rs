@@ -45,10 +45,10 @@ pub(super) fn pairs_are_faster() -> bool {
     *FASTER
 }
 
-/// C = scale A B, + C where `add`.
+/// C = scale A B + bias, + C where `add`.
 ///
 /// # Shapes
-/// A `[c.rows, depth]`, B `[depth, c.cols]`
+/// A `[c.rows, depth]`, B `[depth, c.cols]`, bias `[c.cols]`
 ///
 /// # Panics
 /// If the shapes do not fit or the processor has no such words.
@@ -57,11 +57,13 @@ pub(super) fn product(
     scale: f32,
     a: Operand,
     b: Operand,
+    bias: Option<&[f32]>,
     c: StridedMut<f32>,
     add: bool,
 ) {
     check(words, &a, &b, &c);
     let (m, n, depth) = (c.rows, c.cols, a.depth);
+    assert!(bias.is_none_or(|bias| bias.len() == n), "bias of a product");
     let stride = c.row_stride;
     let out = Shared(c.data.as_mut_ptr());
     let (words_deep, threads) = (DEPTH.min(words.holding(depth)), rayon::current_num_threads());
@@ -103,6 +105,7 @@ pub(super) fn product(
                                 stride,
                                 rows: ROWS.min(m - row),
                                 cols: COLS.min(n - col),
+                                bias: bias.filter(|_| first == 0).map(|bias| &bias[col..]),
                                 scale,
                                 add,
                             };
@@ -171,8 +174,9 @@ pub(super) fn product_here(
             let (row, col) = (i * ROWS, j * COLS);
             let at = out.wrapping_add(row * stride + col);
             let (rows, cols) = (ROWS.min(m - row), COLS.min(n - col));
+            let tile = Tile { at, stride, rows, cols, bias: None, scale, add };
             // SAFETY: the tile is inside C.
-            unsafe { multiply(words, block, panel, &Tile { at, stride, rows, cols, scale, add }) };
+            unsafe { multiply(words, block, panel, &tile) };
         }
     }
 }
@@ -245,11 +249,13 @@ unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 
 /// At most [`ROWS`] x [`COLS`] elements of C.
-struct Tile {
+struct Tile<'a> {
     at: *mut f32,
     stride: usize,
     rows: usize,
     cols: usize,
+    /// What is added to every row, `cols` or more.
+    bias: Option<&'a [f32]>,
     scale: f32,
     add: bool,
 }
@@ -274,6 +280,14 @@ macro_rules! tile {
             }
             let scale = _mm512_set1_ps(c.scale);
             let masks = [mask(c.cols), mask(c.cols.saturating_sub(LANES))];
+            let mut bias = [_mm512_setzero_ps(); 2];
+            if let Some(row) = c.bias {
+                for half in 0..2 {
+                    let at = row.as_ptr().wrapping_add(half * LANES);
+                    // SAFETY: masks keep to the columns of the tile, which the row has.
+                    bias[half] = unsafe { _mm512_maskz_loadu_ps(masks[half], at) };
+                }
+            }
             // Indexed by constants alone, so that the sums stay in registers.
             for r in 0..ROWS {
                 if r < c.rows {
@@ -282,13 +296,11 @@ macro_rules! tile {
                         // SAFETY: masks keep to the columns of the tile; a pointer past them is not
                         // followed.
                         unsafe {
-                            let sum = sums[r][half];
-                            let sum = if c.add {
+                            let mut sum = _mm512_fmadd_ps(sums[r][half], scale, bias[half]);
+                            if c.add {
                                 let before = _mm512_maskz_loadu_ps(masks[half], at);
-                                _mm512_fmadd_ps(sum, scale, before)
-                            } else {
-                                _mm512_mul_ps(sum, scale)
-                            };
+                                sum = _mm512_add_ps(sum, before);
+                            }
                             _mm512_mask_storeu_ps(at, masks[half], sum);
                         }
                     }
@@ -351,6 +363,7 @@ mod tests {
                 let mut b = vec![0f64; n * depth];
                 crate::cpu::linear::widen(&w, 0, &mut b);
                 let before = numbers(m * n, 3);
+                let bias = numbers(n, 4);
                 let run = |threads: usize, rows: usize, add: bool| {
                     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1));
                     let mut c = before[..rows * n].to_vec();
@@ -360,15 +373,13 @@ mod tests {
                         Strided::new(&a[..rows * depth], rows, depth)
                     };
                     let from = Operand::rows_of(from).unwrap();
-                    let by = if right {
-                        Operand::rows_of_weight(&w)
-                    } else {
-                        Operand::columns_of_weight(&w)
-                    };
+                    let by = Operand::rows_of_weight(&w);
+                    let by = if right { by } else { by.t() };
                     let to = StridedMut::new(&mut c, rows, n);
+                    let bias = add.then_some(&bias[..]);
                     pool.build().unwrap().install(|| match threads {
                         0 => product_here(words, 0.5, from, by, to, add),
-                        _ => product(words, 0.5, from, by, to, add),
+                        _ => product(words, 0.5, from, by, bias, to, add),
                     });
                     c
                 };
@@ -383,7 +394,8 @@ mod tests {
                             };
                             0.5 * f64::from(a) * b[if right { j * depth + k } else { k * n + j }]
                         };
-                        let want = (0..depth).map(term).sum::<f64>() + f64::from(before[i * n + j]);
+                        let start = f64::from(before[i * n + j]) + f64::from(bias[j]);
+                        let want = start + (0..depth).map(term).sum::<f64>();
                         let size = (0..depth).map(|k| term(k).abs()).sum::<f64>() + 1.0;
                         let got = f64::from(added[i * n + j]);
                         assert!((got - want).abs() < 4e-6 * size, "{words:?}: {got}, not {want}");
@@ -391,7 +403,7 @@ mod tests {
                 }
                 assert!(added == run(2, m, true) && added == run(5, m, true));
                 if depth <= DEPTH {
-                    assert!(added == run(0, m, true), "as a whole");
+                    assert!(run(0, m, false) == run(1, m, false), "as a whole");
                 }
                 let few = m.div_ceil(3);
                 assert!(run(2, few, false) == run(1, m, false)[..few * n]);

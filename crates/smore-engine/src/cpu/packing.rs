@@ -62,11 +62,10 @@ impl<'a> Operand<'a> {
         Self { bytes, dtype: w.dtype, lines, depth, strides: (w.cols, 1) }
     }
 
-    /// Lines are the columns of W.
-    pub(super) fn columns_of_weight(w: &'a HostMatrix) -> Self {
-        let bytes = w.row_bytes(0, w.rows);
-        let (lines, depth) = (w.cols, w.rows);
-        Self { bytes, dtype: w.dtype, lines, depth, strides: (1, w.cols) }
+    /// Depth becomes lines.
+    pub(super) fn t(self) -> Self {
+        let (lines, depth, strides) = (self.depth, self.lines, (self.strides.1, self.strides.0));
+        Self { lines, depth, strides, ..self }
     }
 
     /// Whether words of this kind can be made of the elements.

@@ -77,7 +77,8 @@ pub struct TrainConfig {
     pub group_by_length: bool,
     /// Round frozen weights to bf16 and keep them so: half the memory of f32. Weights stored as
     /// bf16 or f16 are kept as they are where this is false. Adapters and all sums are always f32;
-    /// factors of a step's products are rounded to bf16 where the processor multiplies those faster.
+    /// what a step keeps for its backward pass is rounded to bf16, and factors of its products are
+    /// where the processor multiplies those faster.
     pub bf16: bool,
     /// Keep only each block's input and compute the block again in the backward sweep: less memory
     /// for about a third more time. Results are the same to the bit.

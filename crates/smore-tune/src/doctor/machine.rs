@@ -39,6 +39,7 @@ pub(super) fn check(subject: &Subject, examined: &mut Examined) {
         weights,
         batch,
         tokens,
+        mixed: train.bf16,
         gradient_checkpointing: train.gradient_checkpointing,
         keeps_best: train.load_best_model_at_end,
     };

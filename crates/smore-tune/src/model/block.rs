@@ -7,45 +7,44 @@ use super::attention::Attention;
 use super::ffn::Ffn;
 use super::spec::{Norm, Proj};
 use super::{Model, Scales};
-use smore::adapter::{AnySaved, MapAdapter, Mode};
+use smore::adapter::{AnySaved, MapAdapter, MixLoraSaved, Mode};
 use smore::kernel::{AdapterKernels, Routing};
-use smore_engine::{AttentionShape, View, ViewMut};
+use smore_engine::{AttentionShape, Device, View, ViewMut};
 
 /// What a block's backward pass needs.
 pub struct BlockSaved<D: AdapterKernels> {
     /// Input of the block `[n, hidden]`.
-    pub(super) x: D::Buf,
+    x: D::Kept,
     /// Keys after norm and rotation, and values: `[n, kv_heads * head_dim]`.
-    pub(super) k: D::Buf,
-    pub(super) v: D::Buf,
-    pub(super) attention: Attention<D>,
+    k: D::Kept,
+    v: D::Kept,
+    pub(super) attention: Attention<D, D::Kept>,
     /// After attention, on the skip connection `[n, hidden]`.
-    pub(super) middle: D::Buf,
-    pub(super) ffn: Ffn<D>,
+    middle: D::Kept,
+    pub(super) ffn: Ffn<D, D::Kept>,
 }
 
-impl<D: AdapterKernels> BlockSaved<D> {
-    /// Routing of the adapters, in the order of their slots.
-    pub(super) fn into_routing(self) -> Vec<Option<Routing<D::Elem>>> {
-        routing_of(self.attention, self.ffn)
-    }
-}
-
-fn routing_of<D: AdapterKernels>(
-    attention: Attention<D>,
-    ffn: Ffn<D>,
+/// Routing of the adapters on maps, and of that in the FFN, where there are any.
+pub(super) fn routing_of<D: AdapterKernels>(
+    adapters: impl IntoIterator<Item = Option<AnySaved<D>>>,
+    mix: Option<MixLoraSaved<D>>,
 ) -> Vec<Option<Routing<D::Elem>>> {
-    let maps = attention.adapters.into_iter().chain(ffn.adapters).flatten();
-    let mix = ffn.mix.map(|saved| Some(saved.routing));
-    maps.map(AnySaved::into_routing).chain(mix).collect()
+    let maps = adapters.into_iter().flatten().map(AnySaved::into_routing);
+    maps.chain(mix.map(|saved| Some(saved.routing))).collect()
 }
 
-/// What a norm's backward pass needs.
-pub(super) struct Normed<D: AdapterKernels> {
+/// What a norm's backward pass needs, its input as `B`.
+pub(super) struct Normed<D: AdapterKernels, B = <D as Device>::Buf> {
     /// `[n, width]`
-    pub(super) input: D::Buf,
+    pub(super) input: B,
     /// Inverse roots `[n]`
     pub(super) inv: D::Buf,
+}
+
+impl<D: AdapterKernels, B> Normed<D, B> {
+    pub(super) fn map<C>(self, f: impl FnOnce(B) -> C) -> Normed<D, C> {
+        Normed { input: f(self.input), inv: self.inv }
+    }
 }
 
 /// Keys and values of everything read so far, for one sequence.
@@ -100,10 +99,8 @@ impl<D: AdapterKernels> Model<D> {
     ) -> Option<AnySaved<D>> {
         let n = x.len / self.widths(proj).0;
         let w = self.weights.map(self, block, proj);
-        self.device.linear(x, w, y.rb(), n, accumulate);
-        if let Some(bias) = self.weights.bias(self, block, proj) {
-            self.device.add_row(bias, y.rb());
-        }
+        let bias = self.weights.bias(self, block, proj);
+        self.device.linear(x, w, bias, y.rb(), n, accumulate);
         let (slot, adapter) = self.adapters.at(block, proj)?;
         let params = self.params_view().at(slot.range.clone());
         let mode = slot.mode(mode);
@@ -117,7 +114,8 @@ impl<D: AdapterKernels> Model<D> {
         Some(adapter.forward(&self.device, mode, params, x, y))
     }
 
-    /// The backward pass of [`Model::apply`]: adds to `grads` and, where wanted, to `dx`.
+    /// The backward pass of [`Model::apply`]: adds to `grads` and writes `dx` where wanted, or adds to
+    /// it where `accumulate`.
     pub(super) fn apply_backward(
         &self,
         block: usize,
@@ -125,6 +123,7 @@ impl<D: AdapterKernels> Model<D> {
         x: View<D>,
         dy: View<D>,
         mut dx: Option<ViewMut<D>>,
+        accumulate: bool,
         saved: Option<&AnySaved<D>>,
         mode: Mode,
         scales: Scales,
@@ -134,7 +133,7 @@ impl<D: AdapterKernels> Model<D> {
         let n = x.len / d_in;
         if let Some(dx) = &mut dx {
             let w = self.weights.map(self, block, proj);
-            self.device.linear_backward(dy, w, dx.rb(), n);
+            self.device.linear_backward(dy, w, dx.rb(), n, accumulate);
         }
         if let Some(dw) = self.weights.map_grad(self.view_mut(grads), block, proj) {
             let target = dw.mat(d_out, d_in);
@@ -162,7 +161,7 @@ impl<D: AdapterKernels> Model<D> {
     ) -> Option<D::Buf> {
         let gain = self.weights.block_norm(self, block, norm)?;
         let n = x.len / gain.len;
-        let mut inv = self.device.zeros(n);
+        let mut inv = self.device.unwritten(n);
         self.device.rms_norm(self.spec.norm, x, gain, y, ViewMut::new(&mut inv, n));
         Some(inv)
     }
@@ -172,7 +171,7 @@ impl<D: AdapterKernels> Model<D> {
     /// # Panics
     /// If this decoder has no such norm: every one has those before attention and FFN.
     pub(super) fn normed(&self, block: usize, norm: Norm, x: &D::Buf) -> (D::Buf, D::Buf) {
-        let mut y = self.device.zeros(self.device.len(x));
+        let mut y = self.device.unwritten(self.device.len(x));
         let inv = self.norm(block, norm, self.view(x), self.view_mut(&mut y));
         (y, inv.expect("a block has norms before attention and FFN"))
     }
@@ -218,14 +217,15 @@ impl<D: AdapterKernels> Model<D> {
         &self,
         block: usize,
         behind: Norm,
-        saved: Option<&Normed<D>>,
+        saved: Option<Normed<D, D::Kept>>,
         dx: &D::Buf,
         grads: &mut D::Buf,
     ) -> Option<D::Buf> {
         let Normed { input, inv } = saved?;
+        let input = self.device.recall(input);
         let mut dpart = self.device.zeros(self.device.len(dx));
-        let (target, x) = (self.view_mut(&mut dpart), self.view(input));
-        self.norm_backward(block, behind, x, inv, self.view(dx), target, grads);
+        let (target, x) = (self.view_mut(&mut dpart), self.view(&input));
+        self.norm_backward(block, behind, x, &inv, self.view(dx), target, grads);
         Some(dpart)
     }
 
@@ -241,12 +241,20 @@ impl<D: AdapterKernels> Model<D> {
     ) -> Option<BlockSaved<D>> {
         let n = positions.len();
         let width = n * self.spec.kv_heads * self.spec.head_dim;
-        let (mut k, mut v) = (self.device.zeros(width), self.device.zeros(width));
-        let input = keep.then(|| self.copy(x));
+        let (mut k, mut v) = (self.device.unwritten(width), self.device.unwritten(width));
+        let device = &self.device;
+        let input = keep.then(|| device.keep_copy(self.view(x)));
         let attention = self.attention(b, x, shape, positions, mode, (&mut k, &mut v), 0..n);
-        let middle = keep.then(|| self.copy(x));
-        let ffn = self.ffn(b, x, mode);
-        Some(BlockSaved { x: input?, k, v, attention, middle: middle?, ffn })
+        let Some(input) = input else {
+            drop((k, v, attention));
+            self.ffn(b, x, mode);
+            return None;
+        };
+        let keep = |buf| device.keep(buf);
+        let (k, v, attention) = (keep(k), keep(v), attention.map(keep));
+        let middle = device.keep_copy(self.view(x));
+        let ffn = self.ffn(b, x, mode).map(keep);
+        Some(BlockSaved { x: input, k, v, attention, middle, ffn })
     }
 
     /// Runs block `b` over whole sequences, in place on `x`, and returns their routing.
@@ -260,10 +268,12 @@ impl<D: AdapterKernels> Model<D> {
     ) -> Vec<Option<Routing<D::Elem>>> {
         let n = positions.len();
         let width = n * self.spec.kv_heads * self.spec.head_dim;
-        let (mut k, mut v) = (self.device.zeros(width), self.device.zeros(width));
+        let (mut k, mut v) = (self.device.unwritten(width), self.device.unwritten(width));
         let attention = self.attention(b, x, shape, positions, mode, (&mut k, &mut v), 0..n);
         drop((k, v));
-        routing_of(attention, self.ffn(b, x, mode))
+        let mut routing = attention.into_routing();
+        routing.extend(self.ffn(b, x, mode).into_routing());
+        routing
     }
 
     /// Runs block `b` over tokens that follow what the cache holds, and returns their routing.
@@ -280,7 +290,9 @@ impl<D: AdapterKernels> Model<D> {
         debug_assert!(rows.end <= cache.context && cache.width > 0);
         let (k, v) = &mut cache.blocks[b];
         let attention = self.attention(b, x, shape, positions, mode, (k, v), rows);
-        routing_of(attention, self.ffn(b, x, mode))
+        let mut routing = attention.into_routing();
+        routing.extend(self.ffn(b, x, mode).into_routing());
+        routing
     }
 
     pub(super) fn copy(&self, x: &D::Buf) -> D::Buf {
@@ -288,25 +300,42 @@ impl<D: AdapterKernels> Model<D> {
     }
 
     /// The backward pass of [`Model::block_forward`]: `dx` holds the slopes by the block's output
-    /// on entry and by its input on exit (unless nothing below is trained).
+    /// on entry and by its input on exit (unless nothing below is trained). Returns the adapters'
+    /// routing, in the order of their slots.
     pub(super) fn block_backward(
         &self,
         b: usize,
-        saved: &BlockSaved<D>,
+        saved: BlockSaved<D>,
         dx: &mut D::Buf,
         shape: &AttentionShape,
         positions: &[u32],
         mode: Mode,
         scales: Scales,
         grads: &mut D::Buf,
-    ) {
+    ) -> Vec<Option<Routing<D::Elem>>> {
+        let BlockSaved { x, k, v, attention, middle, ffn } = saved;
         // Nothing below the lowest adapter is differentiated.
         let below = self.weights.is_trained() || b > self.adapters.lowest_block();
         let attention_trained = Proj::ALL[..4].iter().any(|&p| self.adapters.at(b, p).is_some());
         let through = below || attention_trained;
-        self.ffn_backward(b, saved, dx, mode, scales, grads, through);
-        if through {
-            self.attention_backward(b, saved, dx, shape, positions, mode, scales, grads);
-        }
+        let in_ffn = self.ffn_backward(b, middle, ffn, dx, mode, scales, grads, through);
+        let mut routing = if through {
+            self.attention_backward(
+                b,
+                x,
+                (k, v),
+                attention,
+                dx,
+                shape,
+                positions,
+                mode,
+                scales,
+                grads,
+            )
+        } else {
+            attention.into_routing()
+        };
+        routing.extend(in_ffn);
+        routing
     }
 }

@@ -1,25 +1,38 @@
 //! A block's FFN: down(act(gate(x)) * up(x)), forward and backward.
 
-use super::block::{BlockSaved, Normed};
+use super::block::{Normed, routing_of};
 use super::spec::{Norm, Proj};
 use super::{Model, Scales};
 use smore::adapter::{AnySaved, FfnInput, FfnSlopes, MixLoraSaved, Mode};
-use smore::kernel::AdapterKernels;
-use smore_engine::ViewMut;
+use smore::kernel::{AdapterKernels, Routing};
+use smore_engine::Device;
 
-/// What the FFN's backward pass needs.
-pub(super) struct Ffn<D: AdapterKernels> {
+/// What the FFN's backward pass needs, its large buffers as `B`.
+pub(super) struct Ffn<D: AdapterKernels, B = <D as Device>::Buf> {
     /// Inverse roots of the norm before it `[n]`.
     inv: D::Buf,
     /// `[n, intermediate]`
-    gate: D::Buf,
-    up: D::Buf,
+    gate: B,
+    up: B,
     /// Of the norm behind it.
-    behind: Option<Normed<D>>,
+    behind: Option<Normed<D, B>>,
     /// What the adapters on gate, up and down saved.
     pub(super) adapters: [Option<AnySaved<D>>; 3],
     /// What the adapter in the FFN as a whole saved.
     pub(super) mix: Option<MixLoraSaved<D>>,
+}
+
+impl<D: AdapterKernels, B> Ffn<D, B> {
+    pub(super) fn map<C>(self, mut f: impl FnMut(B) -> C) -> Ffn<D, C> {
+        let Self { inv, gate, up, behind, adapters, mix } = self;
+        let behind = behind.map(|n| n.map(&mut f));
+        Ffn { inv, gate: f(gate), up: f(up), behind, adapters, mix }
+    }
+
+    /// Routing of the adapters, in the order of their slots.
+    pub(super) fn into_routing(self) -> Vec<Option<Routing<D::Elem>>> {
+        routing_of(self.adapters, self.mix)
+    }
 }
 
 impl<D: AdapterKernels> Model<D> {
@@ -28,19 +41,22 @@ impl<D: AdapterKernels> Model<D> {
         let width = self.device.len(x) / self.spec.hidden * self.spec.intermediate;
         let (normed, inv) = self.normed(b, Norm::Ffn, x);
         let h = self.view(&normed);
-        let (mut gate, mut up) = (self.device.zeros(width), self.device.zeros(width));
+        let (mut gate, mut up) = (self.device.unwritten(width), self.device.unwritten(width));
         let ag = self.apply(b, Proj::Gate, h, self.view_mut(&mut gate), mode, false);
         let au = self.apply(b, Proj::Up, h, self.view_mut(&mut up), mode, false);
-        let mut inner = self.device.zeros(width);
         let ((ad, mix), behind) = self.join(b, Norm::PostFfn, x, |mut y| {
-            let input = FfnInput { x: h, gate: self.view(&gate), up: self.view(&up) };
-            let target = self.view_mut(&mut inner);
-            let mix = if let Some((slot, mix)) = self.adapters.in_ffn(b) {
+            let (gate, up) = (self.view(&gate), self.view(&up));
+            let (inner, mix) = if let Some((slot, mix)) = self.adapters.in_ffn(b) {
+                let mut inner = self.device.zeros(width);
                 let params = self.params_view().at(slot.range.clone());
-                Some(mix.forward(&self.device, slot.mode(mode), params, input, target, y.rb()))
+                let (mode, input) = (slot.mode(mode), FfnInput { x: h, gate, up });
+                let target = self.view_mut(&mut inner);
+                let saved = mix.forward(&self.device, mode, params, input, target, y.rb());
+                (inner, Some(saved))
             } else {
-                self.device.gated(self.spec.activation, input.gate, input.up, target);
-                None
+                let mut inner = self.device.unwritten(width);
+                self.device.gated(self.spec.activation, gate, up, self.view_mut(&mut inner));
+                (inner, None)
             };
             (self.apply(b, Proj::Down, self.view(&inner), y, mode, true), mix)
         });
@@ -48,77 +64,72 @@ impl<D: AdapterKernels> Model<D> {
     }
 
     /// The backward pass of [`Model::ffn`], in place on `dx`; where `through` is false only
-    /// parameters get gradients.
+    /// parameters get gradients. Returns the adapters' routing.
     pub(super) fn ffn_backward(
         &self,
         b: usize,
-        saved: &BlockSaved<D>,
+        middle: D::Kept,
+        saved: Ffn<D, D::Kept>,
         dx: &mut D::Buf,
         mode: Mode,
         scales: Scales,
         grads: &mut D::Buf,
         through: bool,
-    ) {
-        let BlockSaved { middle, ffn, .. } = saved;
-        let (act, width) = (self.spec.activation, self.device.len(&ffn.gate));
-        let (gate, up) = (self.view(&ffn.gate), self.view(&ffn.up));
-        let [ag, au, ad] = &ffn.adapters;
-        let mut inner = self.device.zeros(width);
-        if ffn.mix.is_none() {
+    ) -> Vec<Option<Routing<D::Elem>>> {
+        let Ffn { inv, gate, up, behind, adapters, mix } = saved;
+        let (mut gate, mut up) = (self.device.recall(gate), self.device.recall(up));
+        let (act, width) = (self.spec.activation, self.device.len(&gate));
+        let [ag, au, ad] = &adapters;
+        let inner = if mix.is_some() {
             // Experts mix their own; the base's map is frozen then and asks only for slopes.
-            self.device.gated(act, gate, up, self.view_mut(&mut inner));
-        }
-        let mut dinner = self.device.zeros(width);
-        let dpart = self.join_backward(b, Norm::PostFfn, ffn.behind.as_ref(), dx, grads);
-        let dy = self.view(dpart.as_ref().unwrap_or(dx));
-        self.apply_backward(
-            b,
-            Proj::Down,
-            self.view(&inner),
-            dy,
-            Some(ViewMut::new(&mut dinner, width)),
-            ad.as_ref(),
-            mode,
-            scales,
-            grads,
-        );
-        drop(inner);
-        let (mut dgate, mut dup) = (self.device.zeros(width), self.device.zeros(width));
-        let dinner = self.view(&dinner);
-        let (normed, _) = self.normed(b, Norm::Ffn, middle);
-        let mut dnormed = self.device.zeros(self.device.len(dx));
-        let (dgate_view, dup_view) = (self.view_mut(&mut dgate), ViewMut::new(&mut dup, width));
-        if let (Some((slot, mix)), Some(saved)) = (self.adapters.in_ffn(b), &ffn.mix) {
-            let params = self.params_view().at(slot.range.clone());
-            let grads = self.view_mut(grads).at(slot.range.clone());
-            let input = FfnInput { x: self.view(&normed), gate, up };
-            let x = self.view_mut(&mut dnormed);
-            let slopes = through.then_some(FfnSlopes { x, gate: dgate_view, up: dup_view });
-            let scale = scales.balance;
-            mix.backward(
-                &self.device,
-                slot.mode(mode),
-                scale,
-                params,
-                saved,
-                input,
-                dy,
-                dinner,
-                grads,
-                slopes,
-            );
+            self.device.zeros(width)
         } else {
-            self.device.gated_backward(act, gate, up, dinner, dgate_view, dup_view);
+            let mut inner = self.device.unwritten(width);
+            self.device.gated(act, self.view(&gate), self.view(&up), self.view_mut(&mut inner));
+            inner
+        };
+        let mut dinner = self.device.unwritten(width);
+        let dpart = self.join_backward(b, Norm::PostFfn, behind, dx, grads);
+        let dy = self.view(dpart.as_ref().unwrap_or(dx));
+        let (x, target) = (self.view(&inner), Some(self.view_mut(&mut dinner)));
+        self.apply_backward(b, Proj::Down, x, dy, target, false, ad.as_ref(), mode, scales, grads);
+        drop(inner);
+        let middle = self.device.recall(middle);
+        let (normed, _) = self.normed(b, Norm::Ffn, &middle);
+        let mut dnormed = self.device.unwritten(self.device.len(dx));
+        let experts = self.adapters.in_ffn(b).zip(mix.as_ref());
+        if let Some(((slot, mix), saved)) = experts {
+            let params = self.params_view().at(slot.range.clone());
+            let input =
+                FfnInput { x: self.view(&normed), gate: self.view(&gate), up: self.view(&up) };
+            dnormed = self.device.zeros(self.device.len(dx));
+            let (mut dgate, mut dup) = (self.device.zeros(width), self.device.zeros(width));
+            let slopes = through.then(|| FfnSlopes {
+                x: self.view_mut(&mut dnormed),
+                gate: self.view_mut(&mut dgate),
+                up: self.view_mut(&mut dup),
+            });
+            let (mode, scale, dinner) = (slot.mode(mode), scales.balance, self.view(&dinner));
+            let grads = self.view_mut(grads).at(slot.range.clone());
+            let device = &self.device;
+            mix.backward(device, mode, scale, params, saved, input, dy, dinner, grads, slopes);
+            (gate, up) = (dgate, dup);
+        } else {
+            let (dgate, dup) = (self.view_mut(&mut gate), self.view_mut(&mut up));
+            self.device.gated_backward(act, self.view(&dinner), dgate, dup);
         }
-        drop(dpart);
-        for (proj, dy, saved) in [(Proj::Gate, &dgate, ag), (Proj::Up, &dup, au)] {
+        drop((dinner, dpart));
+        let mut accumulate = experts.is_some();
+        for (proj, dy, saved) in [(Proj::Gate, &gate, ag), (Proj::Up, &up, au)] {
             let target = through.then(|| self.view_mut(&mut dnormed));
-            let (x, dy) = (self.view(&normed), self.view(dy));
-            self.apply_backward(b, proj, x, dy, target, saved.as_ref(), mode, scales, grads);
+            let (x, dy, saved) = (self.view(&normed), self.view(dy), saved.as_ref());
+            self.apply_backward(b, proj, x, dy, target, accumulate, saved, mode, scales, grads);
+            accumulate = true;
         }
         if through {
-            let (x, dy) = (self.view(middle), self.view(&dnormed));
-            self.norm_backward(b, Norm::Ffn, x, &ffn.inv, dy, self.view_mut(dx), grads);
+            let (x, dy) = (self.view(&middle), self.view(&dnormed));
+            self.norm_backward(b, Norm::Ffn, x, &inv, dy, self.view_mut(dx), grads);
         }
+        routing_of(adapters, mix)
     }
 }

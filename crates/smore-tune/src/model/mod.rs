@@ -202,7 +202,7 @@ impl<D: AdapterKernels> Model<D> {
     }
 
     fn embed(&self, ids: &[u32]) -> D::Buf {
-        let mut x = self.device.zeros(ids.len() * self.spec.hidden);
+        let mut x = self.device.unwritten(ids.len() * self.spec.hidden);
         let target = ViewMut::new(&mut x, ids.len() * self.spec.hidden);
         self.device.embedding(ids, self.weights.embed(self), target);
         self.scale_embedding(&mut x);
@@ -220,7 +220,7 @@ impl<D: AdapterKernels> Model<D> {
     /// The last block's output through the final norm, and the norm's inverse roots.
     fn final_norm(&self, x: &D::Buf, n: usize) -> (D::Buf, D::Buf) {
         let width = n * self.spec.hidden;
-        let (mut h, mut inv) = (self.device.zeros(width), self.device.zeros(n));
+        let (mut h, mut inv) = (self.device.unwritten(width), self.device.unwritten(n));
         self.device.rms_norm(
             self.spec.norm,
             View::new(x, width),
@@ -356,17 +356,10 @@ impl<D: AdapterKernels> Model<D> {
                 None => None,
             };
             if let Some(saved) = saved {
-                self.block_backward(
-                    b,
-                    &saved,
-                    &mut dx,
-                    &shape,
-                    &batch.positions,
-                    mode,
-                    scales,
-                    grads,
-                );
-                routing.extend(saved.into_routing().into_iter().rev());
+                let positions = &batch.positions;
+                let of_block =
+                    self.block_backward(b, saved, &mut dx, &shape, positions, mode, scales, grads);
+                routing.extend(of_block.into_iter().rev());
             }
         }
         routing.reverse();
@@ -421,9 +414,10 @@ impl<D: AdapterKernels> Model<D> {
     fn logits_of(&self, x: &D::Buf, n: usize) -> Vec<D::Elem> {
         let (h, _) = self.final_norm(x, n);
         let len = n * self.spec.vocabulary;
-        let mut logits = self.device.zeros(len);
+        let mut logits = self.device.unwritten(len);
         let h = View::new(&h, n * self.spec.hidden);
-        self.device.linear(h, self.weights.head(self), ViewMut::new(&mut logits, len), n, false);
+        let (head, target) = (self.weights.head(self), ViewMut::new(&mut logits, len));
+        self.device.linear(h, head, None, target, n, false);
         if let Some(cap) = self.spec.logit_soft_cap {
             self.device.soft_cap(cap, ViewMut::new(&mut logits, len));
         }

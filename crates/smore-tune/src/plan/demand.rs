@@ -26,6 +26,8 @@ pub struct Demand<'a> {
     pub batch: usize,
     /// Tokens of all samples.
     pub tokens: usize,
+    /// The recipe's `bf16`: what waits for the backward sweep is kept in that.
+    pub mixed: bool,
     /// Blocks are computed again in the backward sweep.
     pub gradient_checkpointing: bool,
     /// The best values are kept beside the newest.
@@ -68,8 +70,11 @@ impl Demand<'_> {
         let (q, kv) = (spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim);
         // The block computed again beside the inputs of all; its own is held twice.
         let again = if self.gradient_checkpointing { self.of_block() } else { 0 };
+        // What was kept in bf16, widened: gate and up, or queries, keys and values.
+        let wide = |n: usize| if self.mixed { n - n / 2 } else { 0 };
         // Slopes inside the FFN or inside attention, and the norm's output and slopes.
-        let slopes = (3 * inner).max(2 * q + 2 * kv) + 2 * hidden;
+        let ffn = 2 * inner + wide(2 * inner);
+        let slopes = ffn.max(2 * q + 2 * kv + wide(2 * q + 2 * kv)) + 2 * hidden + wide(hidden);
         // Of one adapter at a time: slopes by its stacked projection.
         self.batch * (self.kept() + again + hidden + slopes + self.widest_adapter() + PACKED)
             + self.panel(inner.max(hidden))
@@ -106,7 +111,9 @@ impl Demand<'_> {
         let before_norms = behind * hidden + if has(Norm::Query) { q + kv } else { 0 };
         let adapters: usize = self.adapters.slots.iter().map(|s| kept_by(&s.adapter)).sum();
         let adapters = adapters / (spec.blocks - self.lowest_block()).max(1);
-        2 * hidden + 2 * q + 2 * kv + spec.heads + 2 * inner + before_norms + adapters
+        let waiting = 2 * hidden + 2 * q + 2 * kv + 2 * inner + before_norms;
+        let waiting = if self.mixed { waiting.div_ceil(2) } else { waiting };
+        waiting + spec.heads + adapters
     }
 
     fn widest_adapter(&self) -> usize {

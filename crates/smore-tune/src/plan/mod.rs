@@ -31,6 +31,8 @@ pub struct Setting {
     pub tokens: usize,
     /// The best values of the run are kept beside the newest.
     pub keeps_best: bool,
+    /// The recipe's `bf16`.
+    pub mixed: bool,
 }
 
 /// What one adapter takes.
@@ -53,7 +55,8 @@ pub struct Cost {
 /// The memory of a training step under one choice of precision and recomputation.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Peak {
-    /// Frozen weights are kept as bf16, else as f32.
+    /// Frozen weights are kept as bf16, else as f32; where the recipe says `bf16`, so is what waits for
+    /// the backward sweep.
     pub bf16: bool,
     /// Blocks are computed again in the backward sweep.
     pub gradient_checkpointing: bool,
@@ -90,6 +93,7 @@ impl Cost {
                 weights: if full { 0 } else { spec.parameters() * if bf16 { 2 } else { 4 } },
                 batch: setting.tokens,
                 tokens: 0,
+                mixed: bf16 && setting.mixed,
                 gradient_checkpointing,
                 keeps_best: setting.keeps_best,
             };

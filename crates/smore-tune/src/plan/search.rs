@@ -205,7 +205,7 @@ mod tests {
     use super::super::models;
     use super::*;
 
-    const SETTING: Setting = Setting { tokens: 512, keeps_best: false };
+    const SETTING: Setting = Setting { tokens: 512, keeps_best: false, mixed: false };
 
     #[test]
     fn budgets_are_read_and_mistakes_told() {

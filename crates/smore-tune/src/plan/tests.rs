@@ -11,7 +11,7 @@ fn smore(layers: usize, rank: usize, targets: &str) -> AdapterConfig {
     adapter(&format!("kind: smore\ntargets: [{targets}]\nlayers: [{layers}]\n"))
 }
 
-const SETTING: Setting = Setting { tokens: 1024, keeps_best: false };
+const SETTING: Setting = Setting { tokens: 1024, keeps_best: false, mixed: false };
 
 fn cost(config: &AdapterConfig, model: &str) -> Cost {
     let spec = models::by_name(model).unwrap();

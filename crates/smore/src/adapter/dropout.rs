@@ -55,20 +55,21 @@ pub(super) struct Stack {
 }
 
 impl Stack {
-    /// z `[n, rows]`
+    /// z `[n, rows]`, `biases [rows]` added where there are any
     pub(super) fn project<D: Device>(
         self,
         device: &D,
         dropout: Option<InputDropout>,
         stack: View<D>,
+        biases: Option<View<D>>,
         x: View<D>,
     ) -> D::Buf {
         let Self { d_in, rows, down } = self;
         let n = x.len / d_in;
-        let mut z = device.zeros(n * rows);
+        let mut z = device.unwritten(n * rows);
         let mut z_view = ViewMut::new(&mut z, n * rows);
         let Some(dropout) = dropout else {
-            device.linear(x, MatrixRef::Trained(stack, rows, d_in), z_view, n, false);
+            device.linear(x, MatrixRef::Trained(stack, rows, d_in), biases, z_view, n, false);
             return z;
         };
         let mut dropped = device.zeros(x.len);
@@ -80,6 +81,9 @@ impl Stack {
             let map = stack.at(part.start * d_in..part.end * d_in).mat(part.len(), d_in);
             let target = z_view.rb().at(part.start..n * rows).mat_strided(n, part.len(), rows);
             device.gemm(1.0, x.mat(n, d_in), map.t(), 0.0, target);
+        }
+        if let Some(biases) = biases {
+            device.add_row(biases, z_view);
         }
         z
     }

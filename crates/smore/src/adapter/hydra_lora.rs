@@ -60,8 +60,7 @@ impl HydraLora {
 
 /// w_i A x in the first r columns of `[n, r + N]`.
 fn weighted<D: Device>(device: &D, z: View<D>, weights: View<D>) -> D::Buf {
-    let mut weighted = device.zeros(z.len);
-    device.add(z, ViewMut::new(&mut weighted, z.len));
+    let mut weighted = device.copy(z);
     device.scale_rows(weights, ViewMut::new(&mut weighted, z.len));
     weighted
 }
@@ -94,7 +93,7 @@ impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
     ) -> HydraLoraSaved<D> {
         let HydraLoraSpec { d_in, d_out, heads, rank, scale } = self.spec;
         let (n, width) = (x.len / d_in, self.spec.stack_width());
-        let z = self.stack().project(device, mode.dropout, params.at(0..self.layout.up), x);
+        let z = self.stack().project(device, mode.dropout, params.at(0..self.layout.up), None, x);
         let z_view = View::new(&z, n * width);
         let mut routing = flat::route(self.gate(), 0.0, &self.logits(device, z_view), mode.valid);
         if let Some(removed) = mode.removed {

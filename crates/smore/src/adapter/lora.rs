@@ -58,7 +58,8 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
         let LoraSpec { d_in, d_out, rank, scale } = self.spec;
         let n = x.len / d_in;
         let b = params.at(self.layout.up..self.layout.len).mat(d_out, rank);
-        let down = self.stack().project(device, mode.dropout, params.at(0..self.layout.up), x);
+        let down =
+            self.stack().project(device, mode.dropout, params.at(0..self.layout.up), None, x);
         let down_mat = View::new(&down, n * rank).mat(n, rank);
         device.gemm(scale, down_mat, b.t(), 1.0, y.mat(n, d_out));
         LoraSaved { down }
@@ -82,7 +83,7 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
         let down = View::new(&saved.down, n * rank).mat(n, rank);
         let dy = dy.mat(n, d_out);
         device.gemm(scale, dy.t(), down, 1.0, grads.rb().at(up..len).mat(d_out, rank));
-        let mut ddown = device.zeros(n * rank);
+        let mut ddown = device.unwritten(n * rank);
         let b = params.at(up..len).mat(d_out, rank);
         device.gemm(scale, dy, b, 0.0, ViewMut::new(&mut ddown, n * rank).mat(n, rank));
         let (ddown, a) = (View::new(&ddown, n * rank), params.at(0..up));

@@ -95,7 +95,7 @@ impl MixLora {
         let MixLoraSpec { hidden, balance_weight, .. } = self.spec;
         let (n, width) = (input.x.len / hidden, self.spec.stack_width());
         let stack = params.at(0..self.layout.stack_end);
-        let z = self.stack().project(device, mode.dropout, stack, input.x);
+        let z = self.stack().project(device, mode.dropout, stack, None, input.x);
         let logits = self.logits(device, View::new(&z, n * width));
         let mut routing = flat::route(self.gate(), balance_weight, &logits, mode.valid);
         if let Some(removed) = mode.removed {
@@ -144,8 +144,8 @@ impl MixLora {
             pass.gated_backward(&mut rows);
             pass.factors_backward(&mut rows, grads.rb(), ViewMut::new(&mut dz, n * width));
             if let Some(d) = &mut dinput {
-                pass.scatter(&rows.dgate, self.spec.intermediate, d.gate.rb());
-                pass.scatter(&rows.dup, self.spec.intermediate, d.up.rb());
+                pass.scatter(&rows.gate, self.spec.intermediate, d.gate.rb());
+                pass.scatter(&rows.up, self.spec.intermediate, d.up.rb());
             }
         }
         let dweights = pairs.by_node(&device.download(View::new(&dweights, n * fanout)));
@@ -243,12 +243,10 @@ struct Rows<D: Device> {
     /// Rows of the stacked projection, `[m, stack_width]`, and slopes by them
     z: D::Buf,
     dz: D::Buf,
-    /// g_e, u_e and h_e, `[m, intermediate]`, and slopes by them
+    /// g_e and u_e, in the end slopes by them; h_e and slopes by it: `[m, intermediate]`
     gate: D::Buf,
     up: D::Buf,
     inner: D::Buf,
-    dgate: D::Buf,
-    dup: D::Buf,
     dinner: D::Buf,
     /// h_e without what is dropped in front of A_down, and slopes by it, `[m, intermediate]`
     dropped: D::Buf,
@@ -269,8 +267,6 @@ impl<D: Device> Rows<D> {
             gate: rows(spec.intermediate),
             up: rows(spec.intermediate),
             inner: rows(spec.intermediate),
-            dgate: slopes(spec.intermediate),
-            dup: slopes(spec.intermediate),
             dinner: slopes(spec.intermediate),
             // Given its room where there is dropout.
             dropped: device.zeros(0),
@@ -450,18 +446,14 @@ impl<'a, D: Device> Pass<'a, D> {
         device.dropout(dropout, slopes, self.rows_mut(&mut rows.dinner, intermediate));
     }
 
-    /// Slopes by g_e and u_e.
+    /// Slopes by g_e and u_e, in their place.
     fn gated_backward(&self, rows: &mut Rows<D>) {
         let width = self.adapter.spec.intermediate;
-        self.device.clear(self.rows_mut(&mut rows.dgate, width));
-        self.device.clear(self.rows_mut(&mut rows.dup, width));
         self.device.gated_backward(
             self.adapter.spec.activation,
-            self.rows(&rows.gate, width),
-            self.rows(&rows.up, width),
             self.rows(&rows.dinner, width),
-            self.rows_mut(&mut rows.dgate, width),
-            self.rows_mut(&mut rows.dup, width),
+            self.rows_mut(&mut rows.gate, width),
+            self.rows_mut(&mut rows.up, width),
         );
     }
 
@@ -471,7 +463,7 @@ impl<'a, D: Device> Pass<'a, D> {
         let (layout, width) = (&self.adapter.layout, self.adapter.spec.stack_width());
         let m = self.tokens.len();
         self.device.clear(self.rows_mut(&mut rows.dz, width));
-        for (factors, d) in [(layout.gate_proj, &rows.dgate), (layout.up_proj, &rows.dup)] {
+        for (factors, d) in [(layout.gate_proj, &rows.gate), (layout.up_proj, &rows.up)] {
             let Some(f) = factors else { continue };
             let (b, d) = (self.factor(f.b, intermediate, rank), self.mat(d, intermediate));
             let db = grads.rb().at(b.clone()).mat(intermediate, rank);

@@ -73,43 +73,30 @@ impl Smore {
         dropout: Option<InputDropout>,
         params: View<D>,
         x: View<D>,
-        mut y: ViewMut<D>,
+        y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
-        let mut hidden = device.zeros(n * root);
+        let mut hidden = device.unwritten(n * root);
         let target = ViewMut::new(&mut hidden, n * root);
         let (z, routing) =
             if n == 1 && dropout.is_none() && pass.removed.is_none() && !spec.bottom_up() {
-                let mut z = device.zeros(width);
+                let mut z = device.unwritten(width);
                 let z_view = ViewMut::new(&mut z, width);
                 let routing = device.token_forward(pass, params, x, z_view, target);
                 (z, routing)
             } else {
-                let z = self.project(device, dropout, params, x, n);
+                let at = layout.stack_bias;
+                let (stack, biases) = (params.at(0..at), params.at(at..at + width));
+                let z = self.stack().project(device, dropout, stack, Some(biases), x);
                 let routing = device.tree_forward(pass, params, View::new(&z, n * width), target);
                 (z, routing)
             };
         let out = params.at(layout.output_proj..layout.output_bias);
         let out = MatrixRef::Trained(out, spec.d_out, root);
-        device.linear(View::new(&hidden, n * root), out, y.rb(), n, true);
-        device.add_row(params.at(layout.output_bias..layout.core), y);
+        let bias = Some(params.at(layout.output_bias..layout.core));
+        device.linear(View::new(&hidden, n * root), out, bias, y, n, true);
         SmoreSaved { z, routing }
-    }
-
-    /// z = stack x + stacked biases, `[n, stack_width]`.
-    fn project<D: AdapterKernels>(
-        &self,
-        device: &D,
-        dropout: Option<InputDropout>,
-        params: View<D>,
-        x: View<D>,
-        n: usize,
-    ) -> D::Buf {
-        let (width, at) = (self.spec.stack_width(), self.layout.stack_bias);
-        let mut z = self.stack().project(device, dropout, params.at(0..at), x);
-        device.add_row(params.at(at..at + width), ViewMut::new(&mut z, n * width));
-        z
     }
 
     /// Backward with the noise given instead of drawn; see [`MapAdapter::backward`].
@@ -133,7 +120,7 @@ impl Smore {
         let pass = Pass { spec, layout, valid, noise, removed: None };
         let z = View::new(&saved.z, n * width);
         let room = n.min(BACKWARD_TOKENS);
-        let (mut dz, mut hidden) = (device.zeros(room * width), device.zeros(room * root));
+        let (mut dz, mut hidden) = (device.unwritten(room * width), device.unwritten(room * root));
         let out = params.at(proj..bias).mat(spec.d_out, root);
         let stack = params.at(0..stack_end);
         let mut dx = dx;

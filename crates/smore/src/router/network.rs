@@ -12,9 +12,9 @@ pub(super) struct Query<T> {
     rows: usize,
     /// `[rows, router_input]`
     pub(super) input: Vec<T>,
-    /// `[rows, m]` before the activation; empty in a linear router
+    /// `[rows, m]` before the activation, where its backward pass needs that
     pre: Vec<T>,
-    /// `[rows, m]` after it
+    /// `[rows, m]` after it; empty in a linear router
     hidden: Vec<T>,
     /// `[rows, key_width]`; empty in a linear router, where the input is the query
     output: Vec<T>,
@@ -40,8 +40,7 @@ pub(super) fn forward<T: Float>(core: &Core<T>, l: usize, rows: usize, input: Ve
     if let Some(net) = &core.layout.layers[l].network {
         let m = layer.router_width;
         q.pre = affine(core, &q.input, rows, layer.router_input, net.first, net.first_bias, m);
-        q.hidden = vec![T::ZERO; rows * m];
-        act(core, l).forward(&q.pre, &mut q.hidden);
+        q.hidden = act(core, l).forward(&mut q.pre);
         q.output = affine(core, &q.hidden, rows, m, net.second, net.second_bias, m);
     }
     if core.spec.gate.kind != GateKind::NoisyTopk {
@@ -67,8 +66,7 @@ pub(super) fn forward_scores<T: Float>(
     if let Some(net) = &core.layout.layers[l].network {
         let (m, s) = (layer.router_width, layer.experts);
         q.pre = affine(core, &q.input, rows, layer.router_input, net.first, net.first_bias, m);
-        q.hidden = vec![T::ZERO; rows * m];
-        act(core, l).forward(&q.pre, &mut q.hidden);
+        q.hidden = act(core, l).forward(&mut q.pre);
         q.logits = affine(core, &q.hidden, rows, m, net.second, net.second_bias, s);
     }
     q

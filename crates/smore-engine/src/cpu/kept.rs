@@ -1,0 +1,72 @@
+//! What waits for the backward pass: as it is, or in bf16.
+
+use super::elementwise::{CHUNK, any_bits, unwritten};
+use super::simd::simd;
+use crate::Float;
+use rayon::prelude::*;
+
+/// A buffer between the forward and the backward pass.
+pub enum Kept<T> {
+    /// As it was.
+    Whole(Vec<T>),
+    /// Every element rounded to the nearest in bf16, ties to even: the upper half of its f32.
+    Halves(Vec<u16>),
+}
+
+/// Rounds every element.
+pub(super) fn halves<T: Float>(x: &[T]) -> Kept<T> {
+    let mut halves: Vec<u16> = any_bits(x.len());
+    halves.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(halves, x)| {
+        simd!({
+            for (half, &x) in halves.iter_mut().zip(x) {
+                *half = rounded(x.to_f64() as f32);
+            }
+        });
+    });
+    Kept::Halves(halves)
+}
+
+/// The upper half of the f32 nearest among those whose lower half is 0; NaN stays NaN.
+#[inline(always)]
+fn rounded(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { (bits >> 16 | 0x40) as u16 } else { nearest as u16 }
+}
+
+impl<T: Float> Kept<T> {
+    pub(super) fn recall(self) -> Vec<T> {
+        let halves = match self {
+            Self::Whole(x) => return x,
+            Self::Halves(halves) => halves,
+        };
+        let mut x = unwritten(halves.len());
+        x.par_chunks_mut(CHUNK).zip(halves.par_chunks(CHUNK)).for_each(|(x, halves)| {
+            simd!({
+                for (x, &half) in x.iter_mut().zip(halves) {
+                    *x = T::from_f32(f32::from_bits(u32::from(half) << 16));
+                }
+            });
+        });
+        x
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against the `half` crate: every upper half, with lower halves around the tie.
+    #[test]
+    fn rounds_to_the_nearest_and_recalls_it() {
+        let lower = [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff];
+        for upper in 0..=u16::MAX {
+            let x = lower.map(|l| f32::from_bits(u32::from(upper) << 16 | l));
+            let got = halves(&x).recall();
+            for (x, got) in x.into_iter().zip(got) {
+                let want = half::bf16::from_f32(x).to_f32();
+                assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{x}");
+            }
+        }
+    }
+}
