@@ -18,7 +18,7 @@ use smore_engine::cpu::chosen_rows;
 use smore_engine::{Cpu, Device, Float, View, ViewMut};
 
 /// Tokens whose intermediate values are alive at once, per thread.
-const BLOCK: usize = 128;
+const BLOCK: usize = 64;
 /// Tokens whose parameter gradients are summed on their own before they join the others.
 const SPAN: usize = 128;
 

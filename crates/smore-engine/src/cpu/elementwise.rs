@@ -22,30 +22,20 @@ pub(super) fn zeros<T: Float>(len: usize) -> Vec<T> {
 }
 
 /// Elements to be overwritten: anything, and NaN where debug assertions are on.
+#[allow(clippy::uninit_vec, reason = "the assembly below may have written it")]
 pub(super) fn unwritten<T: Float>(len: usize) -> Vec<T> {
-    if cfg!(debug_assertions) {
+    if cfg!(debug_assertions) || cfg!(not(any(target_arch = "x86_64", target_arch = "aarch64"))) {
         return vec![T::from_f64(f64::NAN); len];
     }
-    any_bits(len)
-}
-
-/// Elements of any bits.
-#[allow(clippy::uninit_vec, reason = "the assembly below may have written it")]
-pub(super) fn any_bits<E: bytemuck::Pod>(len: usize) -> Vec<E> {
-    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
-    return vec![E::zeroed(); len];
-    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-    {
-        let mut all: Vec<E> = Vec::with_capacity(len);
-        // SAFETY: the assembly does nothing, but for the compiler it may have written all that the
-        // pointer leads to, so that what lies there are bits like others; and any make an element.
-        unsafe {
-            let start = all.as_mut_ptr();
-            std::arch::asm!("/* {0} */", in(reg) start, options(nostack, preserves_flags));
-            all.set_len(len);
-        }
-        all
+    let mut all: Vec<T> = Vec::with_capacity(len);
+    // SAFETY: the assembly does nothing, but for the compiler it may have written all that the pointer
+    // leads to, so that what lies there are bits like others; and any bits are a float.
+    unsafe {
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        std::arch::asm!("/* {0} */", in(reg) all.as_mut_ptr(), options(nostack, preserves_flags));
+        all.set_len(len);
     }
+    all
 }
 
 /// x = cap tanh(x / cap)

@@ -1,6 +1,6 @@
 //! What waits for the backward pass: as it is, or in bf16.
 
-use super::elementwise::{CHUNK, any_bits, unwritten};
+use super::elementwise::{CHUNK, unwritten};
 use super::simd::simd;
 use crate::Float;
 use rayon::prelude::*;
@@ -9,21 +9,15 @@ use rayon::prelude::*;
 pub enum Kept<T> {
     /// As it was.
     Whole(Vec<T>),
-    /// Every element rounded to the nearest in bf16, ties to even: the upper half of its f32.
-    Halves(Vec<u16>),
+    /// Every element rounded to the nearest in bf16, ties to even: the upper half of its f32. In
+    /// pieces, which fill the room that the large buffers around them leave instead of cutting it up.
+    Halves(Vec<Box<[u16]>>),
 }
 
 /// Rounds every element.
 pub(super) fn halves<T: Float>(x: &[T]) -> Kept<T> {
-    let mut halves: Vec<u16> = any_bits(x.len());
-    halves.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(halves, x)| {
-        simd!({
-            for (half, &x) in halves.iter_mut().zip(x) {
-                *half = rounded(x.to_f64() as f32);
-            }
-        });
-    });
-    Kept::Halves(halves)
+    let piece = |x: &[T]| simd!(x.iter().map(|x| rounded(x.to_f64() as f32)).collect());
+    Kept::Halves(x.par_chunks(CHUNK).map(piece).collect())
 }
 
 /// The upper half of the f32 nearest among those whose lower half is 0; NaN stays NaN.
@@ -36,14 +30,14 @@ fn rounded(x: f32) -> u16 {
 
 impl<T: Float> Kept<T> {
     pub(super) fn recall(self) -> Vec<T> {
-        let halves = match self {
+        let pieces = match self {
             Self::Whole(x) => return x,
-            Self::Halves(halves) => halves,
+            Self::Halves(pieces) => pieces,
         };
-        let mut x = unwritten(halves.len());
-        x.par_chunks_mut(CHUNK).zip(halves.par_chunks(CHUNK)).for_each(|(x, halves)| {
+        let mut x = unwritten(pieces.iter().map(|piece| piece.len()).sum());
+        x.par_chunks_mut(CHUNK).zip(pieces).for_each(|(x, piece)| {
             simd!({
-                for (x, &half) in x.iter_mut().zip(halves) {
+                for (x, &half) in x.iter_mut().zip(&piece) {
                     *x = T::from_f32(f32::from_bits(u32::from(half) << 16));
                 }
             });

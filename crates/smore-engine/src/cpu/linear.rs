@@ -3,7 +3,7 @@
 use super::Cpu;
 use super::elementwise::add_row;
 use super::few;
-use super::gemm::{SLIM, Strided, StridedMut, gemm, product};
+use super::gemm::{SLIM, Strided, StridedMut, gemm};
 #[cfg(target_arch = "x86_64")]
 use super::packed;
 #[cfg(target_arch = "x86_64")]
@@ -46,7 +46,7 @@ impl<T: Float> Cpu<T> {
         for_panels(w, |first, panel| {
             let rows = panel.len() / d_in;
             let c = StridedMut::rows_apart(&mut y[first..], n, rows, d_out);
-            product(self.mixed, T::ONE, x, Strided::new(panel, rows, d_in).t(), beta, c);
+            gemm(true, T::ONE, x, Strided::new(panel, rows, d_in).t(), beta, c);
         });
     }
 
@@ -91,11 +91,11 @@ impl<T: Float> Cpu<T> {
                 (words(pairs && host.dtype == Dtype::Bf16), Operand::rows_of_weight(host))
             }
             MatrixRef::Trained(view, rows, cols) => {
-                if !pairs || rows.min(cols).min(n) < SLIM {
+                if rows.min(cols).min(n) < SLIM {
                     return None;
                 }
                 let w = Strided::new(Cpu::slice(view), rows, cols).cast()?;
-                (Words::Pairs, Operand::rows_of(w)?)
+                (words(pairs), Operand::rows_of(w)?)
             }
         };
         packed::available(words).then_some((words, rows))

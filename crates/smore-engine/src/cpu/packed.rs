@@ -22,7 +22,7 @@ const DEPTH: usize = 512;
 /// Columns that a task packs: [DEPTH, WIDTH] words fit in the second cache.
 const WIDTH: usize = 128;
 /// Words of the left operand that are packed at a time.
-const LEFT: usize = 1 << 20;
+const LEFT: usize = 1 << 19;
 /// The fewest rows for which a task packs columns that another one packs, too.
 const TASK_ROWS: usize = 16 * ROWS;
 
@@ -214,9 +214,18 @@ thread_local! {
 }
 
 impl Room {
+    /// The smallest that is large enough, or else the largest, grown: rooms for a whole operand and
+    /// for a few columns do not turn into each other.
     fn of(len: usize) -> Self {
-        let mut held = ROOMS.with_borrow_mut(Vec::pop).unwrap_or_default();
+        let mut held = ROOMS.with_borrow_mut(|rooms| {
+            let size = |&i: &usize| rooms[i].len();
+            let enough = (0..rooms.len()).filter(|i| size(i) >= len).min_by_key(size);
+            let best = enough.or_else(|| (0..rooms.len()).max_by_key(size));
+            best.map(|i| rooms.swap_remove(i)).unwrap_or_default()
+        });
         if held.len() < len {
+            // Nothing in it is wanted: it need not move.
+            held.clear();
             held.resize(len, 0);
         }
         Self { held, len }
