@@ -96,13 +96,15 @@ impl<D: AdapterKernels> Model<D> {
         drop(inner);
         let middle = self.device.recall(middle);
         let (normed, _) = self.normed(b, Norm::Ffn, &middle);
-        let mut dnormed = self.device.unwritten(self.device.len(dx));
         let experts = self.adapters.in_ffn(b).zip(mix.as_ref());
+        let len = self.device.len(dx);
+        // Experts add to what is there.
+        let mut dnormed =
+            if experts.is_some() { self.device.zeros(len) } else { self.device.unwritten(len) };
         if let Some(((slot, mix), saved)) = experts {
             let params = self.params_view().at(slot.range.clone());
             let input =
                 FfnInput { x: self.view(&normed), gate: self.view(&gate), up: self.view(&up) };
-            dnormed = self.device.zeros(self.device.len(dx));
             let (mut dgate, mut dup) = (self.device.zeros(width), self.device.zeros(width));
             let slopes = through.then(|| FfnSlopes {
                 x: self.view_mut(&mut dnormed),
