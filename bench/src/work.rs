@@ -108,9 +108,9 @@ fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize
             .as_ref()
             .map(|a| a.forward(&device, Mode::plain(), params, x, ViewMut::new(&mut y, n * d_out)));
         device.linear_backward(dy, frozen, ViewMut::new(&mut dx, n * d_in), n, false);
-        if let (Some(a), Some(saved)) = (&adapter, saved) {
+        if let (Some(a), Some(mut saved)) = (&adapter, saved) {
             let (grads, dx) = (ViewMut::new(&mut grads, len), ViewMut::new(&mut dx, n * d_in));
-            a.backward(&device, Mode::plain(), 1.0, params, &saved, x, dy, grads, Some(dx));
+            a.backward(&device, Mode::plain(), 1.0, params, &mut saved, x, dy, grads, Some(dx));
         }
         Ok(())
     }))

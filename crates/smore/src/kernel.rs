@@ -16,6 +16,7 @@ use crate::tree::{Removal, ResidualTree};
 use rayon::prelude::*;
 use smore_engine::cpu::chosen_rows;
 use smore_engine::{Cpu, Device, Float, View, ViewMut};
+use std::borrow::Cow;
 
 /// Tokens whose intermediate values are alive at once, per thread.
 const BLOCK: usize = 64;
@@ -157,9 +158,9 @@ pub trait AdapterKernels: Device {
     ) -> Routing<Self::Elem>;
 
     /// Backward of [`AdapterKernels::tree_forward`] on the same trees, for the tokens from `first`
-    /// on that `z`, `dz` and `hidden` hold. Adds parameter gradients to `grads` (the adapter's
-    /// run), overwrites `dz`, and turns the slopes in `hidden` into the embedding itself. Slopes
-    /// of the balance loss enter times `balance_scale`.
+    /// on that `z` and `hidden` hold. Adds parameter gradients to `grads` (the adapter's run), turns
+    /// `z` into the slopes by it, and the slopes in `hidden` into the embedding itself. Slopes of
+    /// the balance loss enter times `balance_scale`.
     fn tree_backward(
         &self,
         pass: &Pass<Self::Elem>,
@@ -167,9 +168,8 @@ pub trait AdapterKernels: Device {
         balance_scale: f64,
         params: View<Self>,
         first: usize,
-        z: View<Self>,
+        z: ViewMut<Self>,
         grads: ViewMut<Self>,
-        dz: ViewMut<Self>,
         hidden: ViewMut<Self>,
     );
 }
@@ -244,7 +244,7 @@ fn propagate_up<T: Float>(
 ) -> Vec<propagate::LayerValues<T>> {
     let mut layers = Vec::with_capacity(core.spec.depth());
     for l in 0..core.spec.depth() {
-        let values = propagate::forward(core, l, n, z, tree, layers.last());
+        let values = propagate::forward(core, l, n, z, tree, layers.last_mut());
         layers.push(values);
     }
     layers
@@ -346,8 +346,14 @@ pub fn hidden_states<T: Float>(
 ) -> Vec<Vec<T>> {
     let core = Core::new(pass.spec, pass.layout, params);
     let n = z.len() / pass.spec.stack_width();
-    let block = forward_block(&core, pass, 0, n, z, Some(routing.tree.clone()));
-    block.layers.into_iter().map(|l| l.hidden).collect()
+    let tree = forward_block(&core, pass, 0, n, z, Some(routing.tree.clone())).tree;
+    let (mut layers, mut hidden) = (Vec::new(), Vec::new());
+    for l in 0..pass.spec.depth() {
+        let values = propagate::forward(&core, l, n, z, &tree, layers.last_mut());
+        hidden.push(values.hidden.clone());
+        layers.push(values);
+    }
+    hidden
 }
 
 /// First token and number of tokens of every piece of `size` out of `n`.
@@ -425,29 +431,26 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         balance_scale: f64,
         params: View<Self>,
         first: usize,
-        z: View<Self>,
+        z: ViewMut<Self>,
         grads: ViewMut<Self>,
-        dz: ViewMut<Self>,
         hidden: ViewMut<Self>,
     ) {
         let spec = pass.spec;
         let core = Core::new(spec, pass.layout, Self::slice(params));
         let (width, root) = (spec.stack_width(), spec.root_width());
-        let (z, dz, hidden) = (Self::slice(z), Self::slice_mut(dz), Self::slice_mut(hidden));
-        dz.fill(T::ZERO);
+        let (z, hidden) = (Self::slice_mut(z), Self::slice_mut(hidden));
         let slopes = scaled(&routing.slopes, balance_scale);
-        let span_of = |start: usize, dz: &mut [T], hidden: &mut [T]| {
+        let span_of = |start: usize, z: &mut [T], hidden: &mut [T]| {
             let mut grads = vec![T::ZERO; core.layout.core_len()];
-            for (at, count) in pieces(0, hidden.len() / root, BLOCK) {
-                let token = first + start + at;
+            let blocks = z.chunks_mut(BLOCK * width).zip(hidden.chunks_mut(BLOCK * root));
+            for (i, (z, hidden)) in blocks.enumerate() {
+                let (token, count) = (first + start + i * BLOCK, hidden.len() / root);
                 let tree = routing.tree.tokens(spec, token, count);
-                let z = &z[(start + at) * width..(start + at + count) * width];
-                let mut block = forward_block(&core, pass, token, count, z, Some(tree));
-                let hidden = &mut hidden[at * root..(at + count) * root];
-                let dz = &mut dz[at * width..(at + count) * width];
                 let valid = pass.valid.map(|v| &v[token..token + count]);
-                backward_block(&core, &mut block, count, z, hidden, &slopes, valid, &mut grads, dz);
-                hidden.copy_from_slice(&block.layers[spec.depth() - 1].hidden);
+                let mut block = forward_block(&core, pass, token, count, z, Some(tree));
+                let embedding = std::mem::take(&mut block.layers[spec.depth() - 1].hidden);
+                backward_block(&core, block, count, z, hidden, &slopes, valid, &mut grads);
+                hidden.copy_from_slice(&embedding);
             }
             grads
         };
@@ -457,13 +460,13 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         let grads = &mut Self::slice_mut(grads)[core.layout.core..];
         // Slopes by unit keys are turned into those by keys when all are there: on their own.
         let mut apart = vec![T::ZERO; if core.unit_keys.is_empty() { 0 } else { grads.len() }];
-        let waves = dz.chunks_mut(wave * width).zip(hidden.chunks_mut(wave * root));
-        for (w, (dz, hidden)) in waves.enumerate() {
-            let parts: Vec<Vec<T>> = dz
+        let waves = z.chunks_mut(wave * width).zip(hidden.chunks_mut(wave * root));
+        for (w, (z, hidden)) in waves.enumerate() {
+            let parts: Vec<Vec<T>> = z
                 .par_chunks_mut(SPAN * width)
                 .zip(hidden.par_chunks_mut(SPAN * root))
                 .enumerate()
-                .map(|(i, (dz, hidden))| span_of(w * wave + i * SPAN, dz, hidden))
+                .map(|(i, (z, hidden))| span_of(w * wave + i * SPAN, z, hidden))
                 .collect();
             for part in &parts {
                 router::add_to(if apart.is_empty() { &mut *grads } else { &mut apart }, part);
@@ -499,34 +502,37 @@ pub(crate) fn scaled(slopes: &[BalanceSlopes], factor: f64) -> Vec<BalanceSlopes
         .collect()
 }
 
+/// Turns `z [n, stack_width]` into the slopes by it. What forward left of a layer goes with it.
 fn backward_block<T: Float>(
     core: &Core<T>,
-    block: &mut Block<T>,
+    block: Block<T>,
     n: usize,
-    z: &[T],
+    z: &mut [T],
     droot: &[T],
     slopes: &[BalanceSlopes],
     valid: Option<&[bool]>,
     grads: &mut [T],
-    dz: &mut [T],
 ) {
     let Block { tree, routed, layers } = block;
+    let bottom_up = core.spec.bottom_up();
     let view = core.spec.stacked_ranks();
-    let mut dhidden = droot.to_vec();
-    for l in (0..core.spec.depth()).rev() {
+    // The router from the top keeps of its input what it needs.
+    let seen = if bottom_up { z[view..].to_vec() } else { Vec::new() };
+    z.fill(T::ZERO);
+    let mut dhidden = Cow::Borrowed(droot);
+    for (l, (routed, values)) in routed.into_iter().zip(layers).enumerate().rev() {
         let (mut dweight, mut dbelow) =
-            propagate::backward(core, l, n, tree, &mut layers[l], &dhidden, grads, dz);
-        let (slopes, dview) = (Some(&slopes[l]), &mut dz[view..]);
-        let (routed, dweight) = (&routed[l], &mut dweight);
-        if core.spec.bottom_up() {
+            propagate::backward(core, l, n, &tree, values, &dhidden, grads, z);
+        let (slopes, dview, dweight) = (Some(&slopes[l]), &mut z[view..], &mut dweight);
+        if bottom_up {
             // Here the router also looks at what comes from below.
-            let (z, dbelow) = (&z[view..], &mut dbelow);
+            let dbelow = &mut dbelow;
             router::bottom_up::backward(
-                core, l, n, z, routed, tree, dweight, slopes, valid, grads, dview, dbelow,
+                core, l, n, &seen, &routed, &tree, dweight, slopes, valid, grads, dview, dbelow,
             );
         } else {
-            router::route_backward(core, l, routed, tree, dweight, slopes, valid, grads, dview);
+            router::route_backward(core, l, &routed, &tree, dweight, slopes, valid, grads, dview);
         }
-        dhidden = dbelow;
+        dhidden = Cow::Owned(dbelow);
     }
 }

@@ -28,7 +28,8 @@ pub(crate) struct LayerValues<T> {
     token_of: Vec<u32>,
     /// z of each row, `[rows, r]`
     inputs: Vec<T>,
-    /// u of each row, `[rows, d_{l+1}]`
+    /// u of each row, `[rows, d_{l+1}]`; empty where sigma stands on it, whose backward pass does
+    /// without
     residuals: Vec<T>,
     /// The children's outputs as each node takes them, where sigma stands on them and its backward
     /// pass needs its argument, `[n * nodes, d_l]`
@@ -41,7 +42,7 @@ pub(crate) struct LayerValues<T> {
     inner: Vec<T>,
     /// sigma at each node for `all`, `[n * nodes, d_{l+1}]`, else empty
     outer: Vec<T>,
-    /// The layer's output for every parent, `[n * parents, d_{l+1}]`
+    /// The layer's output for every parent, `[n * parents, d_{l+1}]`, until the layer above takes it
     pub(crate) hidden: Vec<T>,
 }
 
@@ -54,12 +55,12 @@ pub(crate) fn forward<T: Float>(
     n: usize,
     z: &[T],
     tree: &ResidualTree<T>,
-    below: Option<&LayerValues<T>>,
+    below: Option<&mut LayerValues<T>>,
 ) -> LayerValues<T> {
     let mut values = active_experts(core, l, n, tree);
     residuals(core, l, z, &mut values);
     if let Some(below) = below {
-        transform_children(core, l, n, tree, &below.hidden, &mut values);
+        transform_children(core, l, n, tree, std::mem::take(&mut below.hidden), &mut values);
     }
     aggregate(core, l, n, tree, &mut values);
     values
@@ -146,20 +147,19 @@ fn transform_children<T: Float>(
     l: usize,
     n: usize,
     tree: &ResidualTree<T>,
-    children: &[T],
+    children: Vec<T>,
     values: &mut LayerValues<T>,
 ) {
     let layer = &core.spec.layers[l];
     let (nodes, width, below) = (n * layer.nodes, layer.width, layer.width_below);
-    let mut taken = Vec::with_capacity(nodes * below);
+    let mut taken = children;
     if tree.layers[l].source.is_some() {
-        let rows = core.spec.layers[l - 1].parents;
+        let (children, rows) = (taken, core.spec.layers[l - 1].parents);
+        taken = Vec::with_capacity(nodes * below);
         for node in 0..nodes {
             let row = source(core, l, tree, node, rows);
             taken.extend_from_slice(&children[row * below..][..below]);
         }
-    } else {
-        taken.extend_from_slice(children);
     }
     if core.spec.position == ActivationPosition::All {
         values.below = taken;
@@ -190,10 +190,11 @@ fn aggregate<T: Float>(
         if values.inner.is_empty() {
             values.inner = vec![T::ZERO; n * layer.nodes * width];
         }
-        let LayerValues { row_of, residuals, inner, .. } = values;
+        let residuals = std::mem::take(&mut values.residuals);
+        let LayerValues { row_of, inner, .. } = values;
         simd!({
             for (node, inner) in inner.chunks_exact_mut(width).enumerate() {
-                add_to(inner, residual(residuals, row_of, core, l, tree, node));
+                add_to(inner, residual(&residuals, row_of, core, l, tree, node));
             }
         });
         values.outer = core.act(l).forward(&mut values.inner);
@@ -245,24 +246,24 @@ fn axpy<T: Float>(a: T, x: &[T], y: &mut [T]) {
 
 /// From the slopes by the output of layer `l` to those by z (added to `dz`), by the gate weights
 /// `[n * nodes]` and by the output of the layer below (empty at the leaves); up factors, transforms
-/// and prelu slopes are added to `grads`. Slopes take the place of `values` but for the output.
+/// and prelu slopes are added to `grads`. Slopes take the place of `values`.
 pub(crate) fn backward<T: Float>(
     core: &Core<T>,
     l: usize,
     n: usize,
     tree: &ResidualTree<T>,
-    values: &mut LayerValues<T>,
+    mut values: LayerValues<T>,
     dhidden: &[T],
     grads: &mut [T],
     dz: &mut [T],
 ) -> (Vec<T>, Vec<T>) {
     let (dweight, dinner) = match core.spec.position {
-        ActivationPosition::All => split_all(core, l, tree, values, dhidden, grads),
-        _ => split_child(core, l, tree, values, dhidden),
+        ActivationPosition::All => split_all(core, l, tree, &mut values, dhidden, grads),
+        _ => split_child(core, l, tree, &mut values, dhidden),
     };
-    residuals_backward(core, l, values, grads, dz);
+    residuals_backward(core, l, &mut values, grads, dz);
     let dbelow = if l > 0 {
-        transform_backward(core, l, n, tree, values, &dinner, grads)
+        transform_backward(core, l, n, tree, &mut values, &dinner, grads)
     } else {
         Vec::new()
     };
@@ -283,10 +284,9 @@ fn split_all<T: Float>(
     let (width, act) = (layer.width, core.act(l));
     let mut dweight = vec![T::ZERO; tree.layers[l].gate_weight.len()];
     let mut dinner = std::mem::take(&mut values.outer);
-    let mut dresiduals = std::mem::take(&mut values.residuals);
+    let mut dresiduals = vec![T::ZERO; values.token_of.len() * width];
     let mut dslope = T::ZERO;
     simd!({
-        dresiduals.fill(T::ZERO);
         let mut slopes = vec![T::ZERO; width];
         let weights = tree.layers[l].gate_weight.iter().zip(&mut dweight);
         for (node, ((&weight, dweight), outer)) in

@@ -142,9 +142,9 @@ fn on_a_fixed_tree() {
 fn gradients_accumulate() {
     let case = &cases()[0];
     let (grads, dx) = case.gradients(1.0);
-    let (_, saved) = case.run::<f64>();
     let (mut twice, mut twice_dx) = (vec![0.0; grads.len()], vec![0.0; dx.len()]);
     for _ in 0..2 {
+        let (_, mut saved) = case.run::<f64>();
         case.smore.backward_with(
             &Cpu::<f64>::new(),
             case.valid.as_deref(),
@@ -152,7 +152,7 @@ fn gradients_accumulate() {
             None,
             1.0,
             View::new(&case.params, grads.len()),
-            &saved,
+            &mut saved,
             View::new(&case.x, dx.len()),
             View::new(&case.g, case.g.len()),
             ViewMut::new(&mut twice, grads.len()),
@@ -179,14 +179,14 @@ fn lora() {
             lora.forward(&device, mode, View::new(&p, p.len()), View::new(&x, x.len()), target);
         (y.iter().zip(&g).map(|(y, g)| y * g).sum::<f64>(), saved)
     };
-    let (_, saved) = run(&params, &x);
+    let (_, mut saved) = run(&params, &x);
     let (mut grads, mut dx) = (vec![0.0; params.len()], vec![0.0; x.len()]);
     lora.backward(
         &device,
         mode,
         1.0,
         View::new(&params, params.len()),
-        &saved,
+        &mut saved,
         View::new(&x, x.len()),
         View::new(&g, g.len()),
         ViewMut::new(&mut grads, params.len()),

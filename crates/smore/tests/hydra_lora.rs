@@ -55,7 +55,7 @@ impl Case {
 
     /// Gradients of sum(y g) on top of `start`, by the parameters and by x.
     fn gradients<T: Float>(&self, start: T) -> (Vec<T>, Vec<T>) {
-        let (_, saved) = self.forward::<T>(&self.params, &self.x);
+        let (_, mut saved) = self.forward::<T>(&self.params, &self.x);
         let (params, x, g) = (cast::<T>(&self.params), cast::<T>(&self.x), cast::<T>(&self.g));
         let (mut grads, mut dx) = (vec![start; params.len()], vec![start; x.len()]);
         self.hydra.backward(
@@ -63,7 +63,7 @@ impl Case {
             self.mode(),
             1.0,
             View::new(&params, params.len()),
-            &saved,
+            &mut saved,
             View::new(&x, x.len()),
             View::new(&g, g.len()),
             ViewMut::new(&mut grads, params.len()),
@@ -237,14 +237,14 @@ fn behind_the_enums() {
     let (params, x) =
         (View::new(&case.params, case.params.len()), View::new(&case.x, case.x.len()));
     let len = y.len();
-    let saved = any.forward(&device, case.mode(), params, x, ViewMut::new(&mut y, len));
+    let mut saved = any.forward(&device, case.mode(), params, x, ViewMut::new(&mut y, len));
     assert_eq!(y, want.0);
     assert_eq!(saved.routing().unwrap().tree, want.1.routing.tree);
     let (mut grads, mut dx) = (vec![0.0; case.params.len()], vec![0.0; case.x.len()]);
     let (target, dx_target) =
         (ViewMut::new(&mut grads, case.params.len()), ViewMut::new(&mut dx, case.x.len()));
     let g = View::new(&case.g, case.g.len());
-    any.backward(&device, case.mode(), 1.0, params, &saved, x, g, target, Some(dx_target));
+    any.backward(&device, case.mode(), 1.0, params, &mut saved, x, g, target, Some(dx_target));
     assert_eq!((grads, dx), want_grads);
     assert_eq!((any.init(&mut rng()), any.params()), (values.clone(), names.as_slice()));
     let held = BlockAdapter::Map(any);

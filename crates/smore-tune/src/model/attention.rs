@@ -142,14 +142,14 @@ impl<D: AdapterKernels> Model<D> {
         scales: Scales,
         grads: &mut D::Buf,
     ) -> Vec<Option<Routing<D::Elem>>> {
-        let Attention { inv, q, query_norm, key_norm, attended, lse, behind, adapters } = saved;
-        let [aq, ak, av, ao] = &adapters;
+        let Attention { inv, q, query_norm, key_norm, attended, lse, behind, mut adapters } = saved;
+        let [aq, ak, av, ao] = &mut adapters;
         let attended = self.device.recall(attended);
         let mut dattended = self.device.unwritten(self.device.len(&attended));
         let dpart = self.join_backward(b, Norm::PostAttention, behind, dx, grads);
         let dy = self.view(dpart.as_ref().unwrap_or(dx));
         let (out, target) = (self.view(&attended), Some(self.view_mut(&mut dattended)));
-        self.apply_backward(b, Proj::O, out, dy, target, false, ao.as_ref(), mode, scales, grads);
+        self.apply_backward(b, Proj::O, out, dy, target, false, ao.as_mut(), mode, scales, grads);
         let [q, k, v] = [q, k, v].map(|kept| self.device.recall(kept));
         let [mut dq, mut dk, mut dv] = [&q, &k, &v].map(|x| self.device.zeros(self.device.len(x)));
         self.device.attention_backward(
@@ -173,7 +173,7 @@ impl<D: AdapterKernels> Model<D> {
         let maps = [(Proj::Q, &dq, aq), (Proj::K, &dk, ak), (Proj::V, &dv, av)];
         for (i, (proj, dy, saved)) in maps.into_iter().enumerate() {
             let target = Some(self.view_mut(&mut dnormed));
-            let (x, dy, saved) = (self.view(&normed), self.view(dy), saved.as_ref());
+            let (x, dy, saved) = (self.view(&normed), self.view(dy), saved.as_mut());
             self.apply_backward(b, proj, x, dy, target, i > 0, saved, mode, scales, grads);
         }
         let (x, dy) = (self.view(&x), self.view(&dnormed));

@@ -124,7 +124,7 @@ impl<D: AdapterKernels> Model<D> {
         dy: View<D>,
         mut dx: Option<ViewMut<D>>,
         accumulate: bool,
-        saved: Option<&AnySaved<D>>,
+        saved: Option<&mut AnySaved<D>>,
         mode: Mode,
         scales: Scales,
         grads: &mut D::Buf,

@@ -76,10 +76,10 @@ impl<D: AdapterKernels> Model<D> {
         grads: &mut D::Buf,
         through: bool,
     ) -> Vec<Option<Routing<D::Elem>>> {
-        let Ffn { inv, gate, up, behind, adapters, mix } = saved;
+        let Ffn { inv, gate, up, behind, mut adapters, mix } = saved;
         let (mut gate, mut up) = (self.device.recall(gate), self.device.recall(up));
         let (act, width) = (self.spec.activation, self.device.len(&gate));
-        let [ag, au, ad] = &adapters;
+        let [ag, au, ad] = &mut adapters;
         let inner = if mix.is_some() {
             // Experts mix their own; the base's map is frozen then and asks only for slopes.
             self.device.zeros(width)
@@ -92,7 +92,7 @@ impl<D: AdapterKernels> Model<D> {
         let dpart = self.join_backward(b, Norm::PostFfn, behind, dx, grads);
         let dy = self.view(dpart.as_ref().unwrap_or(dx));
         let (x, target) = (self.view(&inner), Some(self.view_mut(&mut dinner)));
-        self.apply_backward(b, Proj::Down, x, dy, target, false, ad.as_ref(), mode, scales, grads);
+        self.apply_backward(b, Proj::Down, x, dy, target, false, ad.as_mut(), mode, scales, grads);
         drop(inner);
         let middle = self.device.recall(middle);
         let (normed, _) = self.normed(b, Norm::Ffn, &middle);
@@ -124,7 +124,7 @@ impl<D: AdapterKernels> Model<D> {
         let mut accumulate = experts.is_some();
         for (proj, dy, saved) in [(Proj::Gate, &gate, ag), (Proj::Up, &up, au)] {
             let target = through.then(|| self.view_mut(&mut dnormed));
-            let (x, dy, saved) = (self.view(&normed), self.view(dy), saved.as_ref());
+            let (x, dy, saved) = (self.view(&normed), self.view(dy), saved.as_mut());
             self.apply_backward(b, proj, x, dy, target, accumulate, saved, mode, scales, grads);
             accumulate = true;
         }

@@ -253,6 +253,7 @@ impl LayerCase {
     ) -> Gradients<T> {
         let mut params = vec![T::ZERO; self.smore.layout.len];
         let mut x = vec![T::ZERO; inputs.x.len()];
+        let mut saved = SmoreSaved { z: saved.z.clone(), routing: saved.routing.clone() };
         self.smore.backward_with(
             &Cpu::new(),
             inputs.valid.as_deref(),
@@ -260,7 +261,7 @@ impl LayerCase {
             None,
             1.0,
             whole(&inputs.params),
-            saved,
+            &mut saved,
             whole(&inputs.x),
             whole(g),
             ViewMut::new(&mut params, self.smore.layout.len),

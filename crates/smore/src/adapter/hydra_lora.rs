@@ -116,7 +116,7 @@ impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
         mode: Mode,
         balance_scale: f64,
         params: View<D>,
-        saved: &HydraLoraSaved<D>,
+        saved: &mut HydraLoraSaved<D>,
         x: View<D>,
         dy: View<D>,
         mut grads: ViewMut<D>,

@@ -71,7 +71,7 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
         mode: Mode,
         _balance_scale: f64,
         params: View<D>,
-        saved: &LoraSaved<D>,
+        saved: &mut LoraSaved<D>,
         x: View<D>,
         dy: View<D>,
         mut grads: ViewMut<D>,

@@ -105,7 +105,8 @@ pub trait MapAdapter<D: AdapterKernels>: Adapter {
     ) -> Self::Saved;
 
     /// Adds parameter gradients to `grads` and, where wanted, the input's to `dx`. The balance
-    /// loss enters times `balance_scale`.
+    /// loss enters times `balance_scale`. Of `saved` only the routing is left: slopes may take the
+    /// place of the rest.
     ///
     /// # Shapes
     /// as in [`MapAdapter::forward`], dy like y, dx like x
@@ -115,7 +116,7 @@ pub trait MapAdapter<D: AdapterKernels>: Adapter {
         mode: Mode,
         balance_scale: f64,
         params: View<D>,
-        saved: &Self::Saved,
+        saved: &mut Self::Saved,
         x: View<D>,
         dy: View<D>,
         grads: ViewMut<D>,
@@ -205,7 +206,7 @@ impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
         mode: Mode,
         balance_scale: f64,
         params: View<D>,
-        saved: &AnySaved<D>,
+        saved: &mut AnySaved<D>,
         x: View<D>,
         dy: View<D>,
         grads: ViewMut<D>,

@@ -108,7 +108,7 @@ impl Smore {
         dropout: Option<InputDropout>,
         balance_scale: f64,
         params: View<D>,
-        saved: &SmoreSaved<D>,
+        saved: &mut SmoreSaved<D>,
         x: View<D>,
         dy: View<D>,
         mut grads: ViewMut<D>,
@@ -118,9 +118,8 @@ impl Smore {
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
         let (proj, bias, stack_end) = (layout.output_proj, layout.output_bias, layout.stack_bias);
         let pass = Pass { spec, layout, valid, noise, removed: None };
-        let z = View::new(&saved.z, n * width);
         let room = n.min(BACKWARD_TOKENS);
-        let (mut dz, mut hidden) = (device.unwritten(room * width), device.unwritten(room * root));
+        let mut hidden = device.unwritten(room * root);
         let out = params.at(proj..bias).mat(spec.d_out, root);
         let stack = params.at(0..stack_end);
         let mut dx = dx;
@@ -132,22 +131,21 @@ impl Smore {
             // Slopes by the root's embedding, in the place of which the pass leaves the embedding.
             let mut hidden = ViewMut::new(&mut hidden, room * root).at(0..m * root);
             device.gemm(1.0, dy_mat, out, 0.0, hidden.rb().mat(m, root));
-            let mut dz = ViewMut::new(&mut dz, room * width).at(0..m * width);
+            let mut z = ViewMut::new(&mut saved.z, n * width).at(rows(width));
             device.tree_backward(
                 &pass,
                 &saved.routing,
                 balance_scale,
                 params,
                 first,
-                z.at(rows(width)),
+                z.rb(),
                 grads.rb(),
-                dz.rb(),
                 hidden.rb(),
             );
             let dproj = grads.rb().at(proj..bias).mat(spec.d_out, root);
             device.gemm(1.0, dy_mat.t(), hidden.view().mat(m, root), 1.0, dproj);
             device.sum_rows(dy, grads.rb().at(bias..layout.core));
-            let dz = dz.view();
+            let dz = z.view();
             device.sum_rows(dz, grads.rb().at(stack_end..stack_end + width));
             let dstack = grads.rb().at(0..stack_end);
             let dx = dx.as_mut().map(|dx| dx.rb().at(rows(spec.d_in)));
@@ -202,7 +200,7 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
         mode: Mode,
         balance_scale: f64,
         params: View<D>,
-        saved: &SmoreSaved<D>,
+        saved: &mut SmoreSaved<D>,
         x: View<D>,
         dy: View<D>,
         grads: ViewMut<D>,

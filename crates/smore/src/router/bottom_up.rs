@@ -45,7 +45,7 @@ pub(crate) fn forward<T: Float>(
             Some(below) => pair_scores(core, l, n, below),
         };
         routed.push(choose(core, l, query, tree, fixed));
-        let values = propagate::forward(core, l, n, z, tree, layers.last());
+        let values = propagate::forward(core, l, n, z, tree, layers.last_mut());
         layers.push(values);
     }
     (routed, layers)

@@ -119,7 +119,7 @@ impl Case {
 
     /// Gradients of sum(y g) + `balance` times the balance losses, by the parameters and by x.
     pub(crate) fn gradients(&self, balance: f64) -> (Vec<f64>, Vec<f64>) {
-        let (_, saved) = self.run::<f64>();
+        let (_, mut saved) = self.run::<f64>();
         let mut grads = vec![0.0; self.params.len()];
         let mut dx = vec![0.0; self.x.len()];
         self.smore.backward_with(
@@ -129,7 +129,7 @@ impl Case {
             None,
             balance,
             View::new(&self.params, self.params.len()),
-            &saved,
+            &mut saved,
             View::new(&self.x, self.x.len()),
             View::new(&self.g, self.g.len()),
             ViewMut::new(&mut grads, self.params.len()),
