@@ -3,8 +3,8 @@
 //!
 //! Forward reads the stacked projection `z [n, stack_width]` and gives the root's embedding
 //! `[n, d_L]`. All that survives is z and the tree; backward computes the rest again, block by
-//! block. Parameter gradients are summed within fixed spans of tokens and then over the spans in
-//! order, so that the bits do not depend on the number of threads.
+//! block. Parameter gradients are summed within blocks and then over the blocks in order, so that
+//! the bits do not depend on the number of threads.
 
 use crate::activation::Act;
 use crate::config::GateKind;
@@ -18,10 +18,9 @@ use smore_engine::cpu::chosen_rows;
 use smore_engine::{Cpu, Device, Float, View, ViewMut};
 use std::borrow::Cow;
 
-/// Tokens whose intermediate values are alive at once, per thread.
-const BLOCK: usize = 64;
-/// Tokens whose parameter gradients are summed on their own before they join the others.
-const SPAN: usize = 128;
+/// Tokens whose intermediate values are alive at once, per thread, and whose parameter gradients are
+/// summed on their own before they join the others (docs/performance.md).
+pub(crate) const BLOCK: usize = 48;
 
 /// The parameters that the pass reads.
 pub(crate) struct Core<'a, T> {
@@ -120,6 +119,29 @@ pub struct Routing<T> {
     pub(crate) slopes: Vec<BalanceSlopes>,
 }
 
+/// The trees of a run of tokens and what they bring to the statistics.
+pub struct RoutedTokens<T> {
+    tree: ResidualTree<T>,
+    stats: Vec<LayerStats>,
+}
+
+impl<T: Float> Routing<T> {
+    /// Joins what runs of tokens brought, in their order.
+    pub fn of(spec: &SmoreSpec, runs: &[RoutedTokens<T>]) -> Self {
+        let mut tree = ResidualTree::zeros(spec, 0);
+        let mut stats: Vec<_> = spec.layers.iter().map(|l| LayerStats::new(l.experts)).collect();
+        for run in runs {
+            tree.extend(&run.tree);
+            for (sum, run) in stats.iter_mut().zip(&run.stats) {
+                sum.add(run);
+            }
+        }
+        let balance = |stats| router::balance(spec.gate.kind, spec.gate.balance_weight, stats);
+        let (balance_losses, slopes) = stats.iter().map(balance).unzip();
+        Self { tree, stats, balance_losses, slopes }
+    }
+}
+
 /// Inputs of a pass besides the parameters.
 pub struct Pass<'a, T> {
     /// The adapter.
@@ -136,14 +158,16 @@ pub struct Pass<'a, T> {
 
 /// The pass over tokens as a device computes it.
 pub trait AdapterKernels: Device {
-    /// Routes every token and propagates its tree: `hidden [n, d_L]` from `z [n, stack_width]`.
+    /// Routes every token from token `first` on that `z` holds and propagates its tree: `hidden
+    /// [n, d_L]` from `z [n, stack_width]`.
     fn tree_forward(
         &self,
         pass: &Pass<Self::Elem>,
         params: View<Self>,
+        first: usize,
         z: View<Self>,
         hidden: ViewMut<Self>,
-    ) -> Routing<Self::Elem>;
+    ) -> Vec<RoutedTokens<Self::Elem>>;
 
     /// [`AdapterKernels::tree_forward`] of a single token from its input `x [d_in]`, for routers
     /// that work from the top: computes the router's part of `z [stack_width]`, then that of the
@@ -155,7 +179,7 @@ pub trait AdapterKernels: Device {
         x: View<Self>,
         z: ViewMut<Self>,
         hidden: ViewMut<Self>,
-    ) -> Routing<Self::Elem>;
+    ) -> RoutedTokens<Self::Elem>;
 
     /// Backward of [`AdapterKernels::tree_forward`] on the same trees, for the tokens from `first`
     /// on that `z` and `hidden` hold. Adds parameter gradients to `grads` (the adapter's run), turns
@@ -264,21 +288,6 @@ fn chosen_stack_rows<T>(spec: &SmoreSpec, tree: &ResidualTree<T>) -> Vec<usize> 
     rows
 }
 
-/// Joins the blocks' trees and statistics, in the order of their tokens.
-fn join<T: Float>(spec: &SmoreSpec, parts: &[(ResidualTree<T>, Vec<LayerStats>)]) -> Routing<T> {
-    let mut tree = ResidualTree::zeros(spec, 0);
-    let mut stats: Vec<_> = spec.layers.iter().map(|l| LayerStats::new(l.experts)).collect();
-    for (part, part_stats) in parts {
-        tree.extend(part);
-        for (sum, part) in stats.iter_mut().zip(part_stats) {
-            sum.add(part);
-        }
-    }
-    let (balance_losses, slopes) =
-        stats.iter().map(|s| router::balance(spec.gate.kind, spec.gate.balance_weight, s)).unzip();
-    Routing { tree, stats, balance_losses, slopes }
-}
-
 /// How much every node does to a token's output: the Euclidean norm of the change of the adapter's
 /// output when the node's gate weight, with what hangs below it, is set to zero and everything
 /// else stays. Per layer, leaves first, `[n * F_l]`, in units of the map's output.
@@ -366,30 +375,27 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         &self,
         pass: &Pass<T>,
         params: View<Self>,
+        first: usize,
         z: View<Self>,
         hidden: ViewMut<Self>,
-    ) -> Routing<T> {
+    ) -> Vec<RoutedTokens<T>> {
         let spec = pass.spec;
         let core = Core::new(spec, pass.layout, Self::slice(params));
         let (width, root) = (spec.stack_width(), spec.root_width());
         let (z, hidden) = (Self::slice(z), Self::slice_mut(hidden));
-        let n = hidden.len() / root;
-        let parts: Vec<(ResidualTree<T>, Vec<LayerStats>)> = hidden
+        hidden
             .par_chunks_mut(BLOCK * root)
             .zip(z.par_chunks(BLOCK * width))
             .enumerate()
             .map(|(i, (hidden, z))| {
-                let (first, count) = (i * BLOCK, hidden.len() / root);
+                let (first, count) = (first + i * BLOCK, hidden.len() / root);
                 let block = forward_block(&core, pass, first, count, z, None);
                 hidden.copy_from_slice(&block.layers[spec.depth() - 1].hidden);
                 let valid = pass.valid.map(|v| &v[first..first + count]);
                 let stats = block_stats(&core, &block, valid);
-                (block.tree, stats)
+                RoutedTokens { tree: block.tree, stats }
             })
-            .collect();
-        let routing = join(spec, &parts);
-        debug_assert_eq!(routing.tree.layers[0].expert_idx.len(), n * spec.layers[0].nodes);
-        routing
+            .collect()
     }
 
     fn token_forward(
@@ -399,7 +405,7 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         x: View<Self>,
         z: ViewMut<Self>,
         hidden: ViewMut<Self>,
-    ) -> Routing<T> {
+    ) -> RoutedTokens<T> {
         let (spec, params) = (pass.spec, Self::slice(params));
         let core = Core::new(spec, pass.layout, params);
         let (x, z) = (Self::slice(x), Self::slice_mut(z));
@@ -421,7 +427,7 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         Self::slice_mut(hidden).copy_from_slice(&layers[spec.depth() - 1].hidden);
         let block = Block { tree, routed, layers };
         let stats = block_stats(&core, &block, pass.valid);
-        join(spec, &[(block.tree, stats)])
+        RoutedTokens { tree: block.tree, stats }
     }
 
     fn tree_backward(
@@ -440,33 +446,29 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         let (width, root) = (spec.stack_width(), spec.root_width());
         let (z, hidden) = (Self::slice_mut(z), Self::slice_mut(hidden));
         let slopes = scaled(&routing.slopes, balance_scale);
-        let span_of = |start: usize, z: &mut [T], hidden: &mut [T]| {
-            let mut grads = vec![T::ZERO; core.layout.core_len()];
-            let blocks = z.chunks_mut(BLOCK * width).zip(hidden.chunks_mut(BLOCK * root));
-            for (i, (z, hidden)) in blocks.enumerate() {
-                let (token, count) = (first + start + i * BLOCK, hidden.len() / root);
-                let tree = routing.tree.tokens(spec, token, count);
-                let valid = pass.valid.map(|v| &v[token..token + count]);
-                let mut block = forward_block(&core, pass, token, count, z, Some(tree));
-                let embedding = std::mem::take(&mut block.layers[spec.depth() - 1].hidden);
-                backward_block(&core, block, count, z, hidden, &slopes, valid, &mut grads);
-                hidden.copy_from_slice(&embedding);
-            }
+        let block_of = |token: usize, z: &mut [T], hidden: &mut [T]| {
+            let (mut grads, count) = (vec![T::ZERO; core.layout.core_len()], hidden.len() / root);
+            let tree = routing.tree.tokens(spec, token, count);
+            let valid = pass.valid.map(|v| &v[token..token + count]);
+            let mut block = forward_block(&core, pass, token, count, z, Some(tree));
+            let embedding = std::mem::take(&mut block.layers[spec.depth() - 1].hidden);
+            backward_block(&core, block, count, z, hidden, &slopes, valid, &mut grads);
+            hidden.copy_from_slice(&embedding);
             grads
         };
-        // As many spans at a time as there are threads: their sums are all that is held, and they
-        // are added in the order of the spans, however many that are.
-        let wave = SPAN * rayon::current_num_threads();
+        // As many blocks at a time as there are threads: their sums are all that is held, and they
+        // are added in the order of the blocks, however many that are.
+        let wave = BLOCK * rayon::current_num_threads();
         let grads = &mut Self::slice_mut(grads)[core.layout.core..];
         // Slopes by unit keys are turned into those by keys when all are there: on their own.
         let mut apart = vec![T::ZERO; if core.unit_keys.is_empty() { 0 } else { grads.len() }];
         let waves = z.chunks_mut(wave * width).zip(hidden.chunks_mut(wave * root));
         for (w, (z, hidden)) in waves.enumerate() {
             let parts: Vec<Vec<T>> = z
-                .par_chunks_mut(SPAN * width)
-                .zip(hidden.par_chunks_mut(SPAN * root))
+                .par_chunks_mut(BLOCK * width)
+                .zip(hidden.par_chunks_mut(BLOCK * root))
                 .enumerate()
-                .map(|(i, (z, hidden))| span_of(w * wave + i * SPAN, z, hidden))
+                .map(|(i, (z, hidden))| block_of(first + w * wave + i * BLOCK, z, hidden))
                 .collect();
             for part in &parts {
                 router::add_to(if apart.is_empty() { &mut *grads } else { &mut apart }, part);

@@ -139,7 +139,8 @@ fn gradients(adapter: &Smore, params: &[f64]) -> Vec<f64> {
     let mode = Mode::plain();
     let (len, n) = (y.len(), params.len());
     let (params, x) = (View::new(&params, n), View::new(&x, x.len()));
-    let mut saved = MapAdapter::forward(adapter, &device, mode, params, x, ViewMut::new(&mut y, len));
+    let mut saved =
+        MapAdapter::forward(adapter, &device, mode, params, x, ViewMut::new(&mut y, len));
     let mut grads = vec![0.0; n];
     let target = ViewMut::new(&mut grads, n);
     let dy = View::new(&dy, len);

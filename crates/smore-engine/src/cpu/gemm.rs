@@ -1,10 +1,12 @@
-//! Matrix products: the `gemm` crate behind checked, strided views of slices.
+//! Matrix products behind checked, strided views of slices: ours where they serve, else the `gemm`
+//! crate's.
 
 use super::Cpu;
 #[cfg(target_arch = "x86_64")]
 use super::{
     packed,
     packing::{Operand, Words},
+    small,
 };
 use crate::{Float, Mat};
 
@@ -56,7 +58,7 @@ impl<'a, T> Strided<'a, T> {
         Some(Strided { data, rows, cols, row_stride, col_stride })
     }
 
-    fn check(&self) {
+    pub(super) fn check(&self) {
         let last = self.rows.saturating_sub(1) * self.row_stride
             + self.cols.saturating_sub(1) * self.col_stride;
         assert!(
@@ -176,7 +178,8 @@ fn pairs<'a, T: Float>(
     Some([Operand::rows_of(a.cast()?)?, Operand::rows_of(b.t().cast()?)?])
 }
 
-/// C = alpha A B + beta C; with beta = 0, C is not read. `parallel` allows several threads.
+/// C = alpha A B + beta C; with beta = 0, C is not read. `parallel` allows several threads; without
+/// it, the operands are taken to lie in a core's own cache.
 ///
 /// # Panics
 /// If the shapes do not fit each other or their slices.
@@ -192,6 +195,14 @@ pub fn gemm<T: Float>(
     let (m, n, k) = (c.rows, c.cols, a.cols);
     if m == 0 || n == 0 {
         return;
+    }
+    #[cfg(target_arch = "x86_64")]
+    if !parallel
+        && let (Some(a), Some(b)) = (a.cast(), b.cast())
+        && small::serves(m, &b)
+    {
+        let (alpha, beta) = (alpha.to_f64() as f32, beta.to_f64() as f32);
+        return small::product(alpha, a, b, beta, c.cast().expect("f32"));
     }
     a.check();
     b.check();

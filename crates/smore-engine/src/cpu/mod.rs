@@ -24,6 +24,8 @@ mod packing;
 mod rotary;
 mod rows;
 mod simd;
+#[cfg(target_arch = "x86_64")]
+mod small;
 
 pub use few::chosen_rows;
 pub use gemm::{Strided, StridedMut, gemm};

@@ -204,7 +204,7 @@ unsafe fn multiply(words: Words, block: &[u32], panel: &[u32], tile: &Tile) {
 }
 
 /// Words to pack into: of a thread, which keeps them for its next product. They hold what was there.
-struct Room {
+pub(super) struct Room {
     held: Vec<u32>,
     len: usize,
 }
@@ -216,7 +216,7 @@ thread_local! {
 impl Room {
     /// The smallest that is large enough, or else the largest, grown: rooms for a whole operand and
     /// for a few columns do not turn into each other.
-    fn of(len: usize) -> Self {
+    pub(super) fn of(len: usize) -> Self {
         let mut held = ROOMS.with_borrow_mut(|rooms| {
             let size = |&i: &usize| rooms[i].len();
             let enough = (0..rooms.len()).filter(|i| size(i) >= len).min_by_key(size);
@@ -231,7 +231,7 @@ impl Room {
         Self { held, len }
     }
 
-    fn words(&mut self) -> &mut [u32] {
+    pub(super) fn words(&mut self) -> &mut [u32] {
         &mut self.held[..self.len]
     }
 }

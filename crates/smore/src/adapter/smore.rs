@@ -13,15 +13,15 @@ use super::dropout::{InputDropout, Stack};
 use super::{Adapter, MapAdapter, Mode, Noise};
 use crate::config::GateKind;
 use crate::init;
-use crate::kernel::{AdapterKernels, GateNoise, Pass, Routing};
+use crate::kernel::{AdapterKernels, BLOCK, GateNoise, Pass, Routing};
 use crate::layout::{Param, SmoreLayout};
 use crate::spec::SmoreSpec;
 use rand::Rng;
 use smore_engine::{MatrixRef, View, ViewMut};
 
-/// Tokens of a backward pass whose slopes are alive at once: they are short-lived, and there are
-/// long sequences.
-const BACKWARD_TOKENS: usize = 512;
+/// Tokens whose embeddings, or slopes by them, are alive at once: they are short-lived, and there
+/// are long sequences.
+const TOKENS: usize = 6 * BLOCK;
 
 /// S'MoRE on one linear map.
 pub struct Smore {
@@ -73,30 +73,37 @@ impl Smore {
         dropout: Option<InputDropout>,
         params: View<D>,
         x: View<D>,
-        y: ViewMut<D>,
+        mut y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
-        let mut hidden = device.unwritten(n * root);
-        let target = ViewMut::new(&mut hidden, n * root);
-        let (z, routing) =
-            if n == 1 && dropout.is_none() && pass.removed.is_none() && !spec.bottom_up() {
-                let mut z = device.unwritten(width);
-                let z_view = ViewMut::new(&mut z, width);
-                let routing = device.token_forward(pass, params, x, z_view, target);
-                (z, routing)
-            } else {
-                let at = layout.stack_bias;
-                let (stack, biases) = (params.at(0..at), params.at(at..at + width));
-                let z = self.stack().project(device, dropout, stack, Some(biases), x);
-                let routing = device.tree_forward(pass, params, View::new(&z, n * width), target);
-                (z, routing)
-            };
+        let alone = n == 1 && dropout.is_none() && pass.removed.is_none() && !spec.bottom_up();
+        let mut z = if alone {
+            device.unwritten(width)
+        } else {
+            let at = layout.stack_bias;
+            let (stack, biases) = (params.at(0..at), params.at(at..at + width));
+            self.stack().project(device, dropout, stack, Some(biases), x)
+        };
         let out = params.at(layout.output_proj..layout.output_bias);
         let out = MatrixRef::Trained(out, spec.d_out, root);
         let bias = Some(params.at(layout.output_bias..layout.core));
-        device.linear(View::new(&hidden, n * root), out, bias, y, n, true);
-        SmoreSaved { z, routing }
+        let room = n.min(TOKENS);
+        let (mut hidden, mut routed) = (device.unwritten(room * root), Vec::new());
+        for first in (0..n).step_by(TOKENS) {
+            let m = TOKENS.min(n - first);
+            let mut hidden = ViewMut::new(&mut hidden, room * root).at(0..m * root);
+            if alone {
+                let z = ViewMut::new(&mut z, width);
+                routed.push(device.token_forward(pass, params, x, z, hidden.rb()));
+            } else {
+                let z = View::new(&z, n * width).at(first * width..(first + m) * width);
+                routed.extend(device.tree_forward(pass, params, first, z, hidden.rb()));
+            }
+            let y = y.rb().at(first * spec.d_out..(first + m) * spec.d_out);
+            device.linear(hidden.view(), out, bias, y, m, true);
+        }
+        SmoreSaved { z, routing: Routing::of(spec, &routed) }
     }
 
     /// Backward with the noise given instead of drawn; see [`MapAdapter::backward`].
@@ -118,20 +125,21 @@ impl Smore {
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
         let (proj, bias, stack_end) = (layout.output_proj, layout.output_bias, layout.stack_bias);
         let pass = Pass { spec, layout, valid, noise, removed: None };
-        let room = n.min(BACKWARD_TOKENS);
-        let mut hidden = device.unwritten(room * root);
         let out = params.at(proj..bias).mat(spec.d_out, root);
         let stack = params.at(0..stack_end);
+        let mut z = ViewMut::new(&mut saved.z, n * width);
         let mut dx = dx;
-        for first in (0..n).step_by(BACKWARD_TOKENS) {
-            let m = BACKWARD_TOKENS.min(n - first);
+        let room = n.min(TOKENS);
+        let mut hidden = device.unwritten(room * root);
+        for first in (0..n).step_by(TOKENS) {
+            let m = TOKENS.min(n - first);
             let rows = |width: usize| first * width..(first + m) * width;
             let (x, dy) = (x.at(rows(spec.d_in)), dy.at(rows(spec.d_out)));
             let dy_mat = dy.mat(m, spec.d_out);
             // Slopes by the root's embedding, in the place of which the pass leaves the embedding.
             let mut hidden = ViewMut::new(&mut hidden, room * root).at(0..m * root);
             device.gemm(1.0, dy_mat, out, 0.0, hidden.rb().mat(m, root));
-            let mut z = ViewMut::new(&mut saved.z, n * width).at(rows(width));
+            let mut z = z.rb().at(rows(width));
             device.tree_backward(
                 &pass,
                 &saved.routing,
