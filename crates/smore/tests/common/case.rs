@@ -12,7 +12,7 @@ use smore_engine::{Cpu, Float, View, ViewMut};
 pub(crate) const D_IN: usize = 7;
 pub(crate) const D_OUT: usize = 5;
 /// More than the kernel keeps in one block.
-pub(crate) const TOKENS: usize = 37;
+pub(crate) const TOKENS: usize = 53;
 
 pub(crate) struct Case {
     pub(crate) name: String,
