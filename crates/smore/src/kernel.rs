@@ -17,6 +17,7 @@ use rayon::prelude::*;
 use smore_engine::cpu::chosen_rows;
 use smore_engine::{Cpu, Device, Float, View, ViewMut};
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// Tokens whose intermediate values are alive at once, per thread, and whose parameter gradients are
 /// summed on their own before they join the others (docs/performance.md).
@@ -446,31 +447,24 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         let (width, root) = (spec.stack_width(), spec.root_width());
         let (z, hidden) = (Self::slice_mut(z), Self::slice_mut(hidden));
         let slopes = scaled(&routing.slopes, balance_scale);
-        let block_of = |token: usize, z: &mut [T], hidden: &mut [T]| {
-            let (mut grads, count) = (vec![T::ZERO; core.layout.core_len()], hidden.len() / root);
-            let tree = routing.tree.tokens(spec, token, count);
-            let valid = pass.valid.map(|v| &v[token..token + count]);
-            let mut block = forward_block(&core, pass, token, count, z, Some(tree));
-            let embedding = std::mem::take(&mut block.layers[spec.depth() - 1].hidden);
-            backward_block(&core, block, count, z, hidden, &slopes, valid, &mut grads);
-            hidden.copy_from_slice(&embedding);
-            grads
-        };
         // As many blocks at a time as there are threads: their sums are all that is held, and they
         // are added in the order of the blocks, however many that are.
-        let wave = BLOCK * rayon::current_num_threads();
+        let threads = rayon::current_num_threads().min(hidden.len().div_ceil(BLOCK * root));
+        let mut parts = vec![vec![T::ZERO; core.layout.core_len()]; threads];
+        let wave = BLOCK * threads.max(1);
         let grads = &mut Self::slice_mut(grads)[core.layout.core..];
         // Slopes by unit keys are turned into those by keys when all are there: on their own.
         let mut apart = vec![T::ZERO; if core.unit_keys.is_empty() { 0 } else { grads.len() }];
         let waves = z.chunks_mut(wave * width).zip(hidden.chunks_mut(wave * root));
         for (w, (z, hidden)) in waves.enumerate() {
-            let parts: Vec<Vec<T>> = z
-                .par_chunks_mut(BLOCK * width)
-                .zip(hidden.par_chunks_mut(BLOCK * root))
-                .enumerate()
-                .map(|(i, (z, hidden))| block_of(first + w * wave + i * BLOCK, z, hidden))
-                .collect();
-            for part in &parts {
+            let blocks = z.par_chunks_mut(BLOCK * width).zip(hidden.par_chunks_mut(BLOCK * root));
+            blocks.zip(&mut parts).enumerate().for_each(|(i, ((z, hidden), grads))| {
+                let token = first + w * wave + i * BLOCK;
+                let tree = routing.tree.tokens(spec, token, hidden.len() / root);
+                grads.fill(T::ZERO);
+                backward_block(&core, pass, token, tree, z, hidden, &slopes, grads);
+            });
+            for part in &parts[..hidden.len().div_ceil(BLOCK * root)] {
                 router::add_to(if apart.is_empty() { &mut *grads } else { &mut apart }, part);
             }
         }
@@ -504,37 +498,86 @@ pub(crate) fn scaled(slopes: &[BalanceSlopes], factor: f64) -> Vec<BalanceSlopes
         .collect()
 }
 
-/// Turns `z [n, stack_width]` into the slopes by it. What forward left of a layer goes with it.
+/// Turns `z [n, stack_width]` into the slopes by it, and the slopes in `hidden` into the embedding.
 fn backward_block<T: Float>(
     core: &Core<T>,
-    block: Block<T>,
-    n: usize,
+    pass: &Pass<T>,
+    first: usize,
+    mut tree: ResidualTree<T>,
     z: &mut [T],
-    droot: &[T],
+    hidden: &mut [T],
     slopes: &[BalanceSlopes],
-    valid: Option<&[bool]>,
     grads: &mut [T],
 ) {
-    let Block { tree, routed, layers } = block;
-    let bottom_up = core.spec.bottom_up();
-    let view = core.spec.stacked_ranks();
-    // The router from the top keeps of its input what it needs.
-    let seen = if bottom_up { z[view..].to_vec() } else { Vec::new() };
+    let (spec, n) = (core.spec, hidden.len() / core.spec.root_width());
+    let valid = pass.valid.map(|v| &v[first..first + n]);
+    let view = spec.stacked_ranks();
+    if spec.bottom_up() {
+        return backward_bottom_up(core, pass, first, tree, z, hidden, slopes, grads);
+    }
+    let mut layers = propagate_up(core, n, z, &tree);
+    let embedding = std::mem::take(&mut layers[spec.depth() - 1].hidden);
+    let rows = |z: &mut [T], columns: Range<usize>| {
+        z.chunks_exact_mut(spec.stack_width()).for_each(|z| z[columns.clone()].fill(T::ZERO));
+    };
+    rows(z, 0..view);
+    let (mut dhidden, mut dweights) = (Cow::Borrowed(&*hidden), Vec::new());
+    for (l, values) in layers.into_iter().enumerate().rev() {
+        let (dweight, dbelow) = propagate::backward(core, l, n, &tree, values, &dhidden, grads, z);
+        dweights.push(dweight);
+        dhidden = Cow::Owned(dbelow);
+    }
+    hidden.copy_from_slice(&embedding);
+    drop(embedding);
+    // What routing leaves for its backward pass is not alive beside what propagation leaves.
+    let routed = route_down(core, pass, first, n, &z[view..], &mut tree, true);
+    rows(z, view..spec.stack_width());
+    let layers = routed.into_iter().enumerate().rev();
+    for ((l, routed), mut dweight) in layers.zip(dweights) {
+        let (slopes, dview) = (Some(&slopes[l]), &mut z[view..]);
+        router::route_backward(core, l, &routed, &tree, &mut dweight, slopes, valid, grads, dview);
+    }
+}
+
+/// [`backward_block`] where routing and propagation alternate.
+fn backward_bottom_up<T: Float>(
+    core: &Core<T>,
+    pass: &Pass<T>,
+    first: usize,
+    tree: ResidualTree<T>,
+    z: &mut [T],
+    hidden: &mut [T],
+    slopes: &[BalanceSlopes],
+    grads: &mut [T],
+) {
+    let (spec, n) = (core.spec, hidden.len() / core.spec.root_width());
+    let valid = pass.valid.map(|v| &v[first..first + n]);
+    let view = spec.stacked_ranks();
+    let Block { tree, routed, mut layers } = forward_block(core, pass, first, n, z, Some(tree));
+    let embedding = std::mem::take(&mut layers[spec.depth() - 1].hidden);
+    let seen = z[view..].to_vec();
     z.fill(T::ZERO);
-    let mut dhidden = Cow::Borrowed(droot);
+    let mut dhidden = Cow::Borrowed(&*hidden);
     for (l, (routed, values)) in routed.into_iter().zip(layers).enumerate().rev() {
         let (mut dweight, mut dbelow) =
             propagate::backward(core, l, n, &tree, values, &dhidden, grads, z);
-        let (slopes, dview, dweight) = (Some(&slopes[l]), &mut z[view..], &mut dweight);
-        if bottom_up {
-            // Here the router also looks at what comes from below.
-            let dbelow = &mut dbelow;
-            router::bottom_up::backward(
-                core, l, n, &seen, &routed, &tree, dweight, slopes, valid, grads, dview, dbelow,
-            );
-        } else {
-            router::route_backward(core, l, &routed, &tree, dweight, slopes, valid, grads, dview);
-        }
+        // Here the router also looks at what comes from below.
+        let (slopes, dview, dbelow_now) = (Some(&slopes[l]), &mut z[view..], &mut dbelow);
+        router::bottom_up::backward(
+            core,
+            l,
+            n,
+            &seen,
+            &routed,
+            &tree,
+            &mut dweight,
+            slopes,
+            valid,
+            grads,
+            dview,
+            dbelow_now,
+        );
         dhidden = Cow::Owned(dbelow);
     }
+    hidden.copy_from_slice(&embedding);
 }
