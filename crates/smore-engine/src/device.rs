@@ -26,6 +26,15 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
         work()
     }
 
+    /// Does two works that do not need each other, side by side where that is faster.
+    fn both<A: Send, B: Send>(
+        &self,
+        one: impl FnOnce() -> A + Send,
+        other: impl FnOnce() -> B + Send,
+    ) -> (A, B) {
+        (one(), other())
+    }
+
     /// A buffer of `len` zeros.
     fn zeros(&self, len: usize) -> Self::Buf;
     /// A buffer of `len` elements that the next operation overwrites: it holds anything, and NaN

@@ -108,6 +108,14 @@ impl<T: Float> Device for Cpu<T> {
         rayon::scope(|_| work())
     }
 
+    fn both<A: Send, B: Send>(
+        &self,
+        one: impl FnOnce() -> A + Send,
+        other: impl FnOnce() -> B + Send,
+    ) -> (A, B) {
+        rayon::join(one, other)
+    }
+
     fn zeros(&self, len: usize) -> Vec<T> {
         elementwise::zeros(len)
     }

@@ -100,18 +100,28 @@ impl<D: AdapterKernels> Model<D> {
         let n = x.len / self.widths(proj).0;
         let w = self.weights.map(self, block, proj);
         let bias = self.weights.bias(self, block, proj);
-        self.device.linear(x, w, bias, y.rb(), n, accumulate);
-        let (slot, adapter) = self.adapters.at(block, proj)?;
-        let params = self.params_view().at(slot.range.clone());
-        let mode = slot.mode(mode);
-        if let Some(tap) = &self.tap {
-            let mut own = self.device.zeros(y.len);
-            let saved = adapter.forward(&self.device, mode, params, x, self.view_mut(&mut own));
-            self.device.add(self.view(&own), y);
-            tap(block, proj, x, self.view(&own));
-            return Some(saved);
+        let device = &self.device;
+        let Some((slot, adapter)) = self.adapters.at(block, proj) else {
+            device.linear(x, w, bias, y, n, accumulate);
+            return None;
+        };
+        let (params, mode) = (self.params_view().at(slot.range.clone()), slot.mode(mode));
+        if n > 1 && self.tap.is_none() {
+            device.linear(x, w, bias, y.rb(), n, accumulate);
+            return Some(adapter.forward(device, mode, params, x, y));
         }
-        Some(adapter.forward(&self.device, mode, params, x, y))
+        // The tree of a single token is walked on one thread: the others read W meanwhile.
+        let mut own = device.zeros(y.len);
+        let target = self.view_mut(&mut own);
+        let (saved, ()) = device.both(
+            || adapter.forward(device, mode, params, x, target),
+            || device.linear(x, w, bias, y.rb(), n, accumulate),
+        );
+        device.add(self.view(&own), y);
+        if let Some(tap) = &self.tap {
+            tap(block, proj, x, self.view(&own));
+        }
+        Some(saved)
     }
 
     /// The backward pass of [`Model::apply`]: adds to `grads` and writes `dx` where wanted, or adds to
