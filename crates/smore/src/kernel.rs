@@ -562,7 +562,7 @@ fn backward_bottom_up<T: Float>(
         let (mut dweight, mut dbelow) =
             propagate::backward(core, l, n, &tree, values, &dhidden, grads, z);
         // Here the router also looks at what comes from below.
-        let (slopes, dview, dbelow_now) = (Some(&slopes[l]), &mut z[view..], &mut dbelow);
+        let (slopes, dview) = (Some(&slopes[l]), &mut z[view..]);
         router::bottom_up::backward(
             core,
             l,
@@ -575,7 +575,7 @@ fn backward_bottom_up<T: Float>(
             valid,
             grads,
             dview,
-            dbelow_now,
+            &mut dbelow,
         );
         dhidden = Cow::Owned(dbelow);
     }

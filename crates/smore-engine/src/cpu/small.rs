@@ -14,7 +14,7 @@ use super::packing::{LANES, Operand, Stretch, Words, mask, pack_wide};
 
 /// Columns at a time: four registers of sums for each row.
 const WIDE: usize = 4 * LANES;
-/// The most elements of B: half of a second cache's smallest size among these processors.
+/// The most elements of B: half a second cache of 1 MiB.
 const LARGEST: usize = 1 << 17;
 
 /// Rows that are not worth a tile of more.
