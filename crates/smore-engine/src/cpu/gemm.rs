@@ -126,7 +126,7 @@ const PARALLEL_FROM: usize = 1 << 18;
 #[cfg(target_arch = "x86_64")]
 pub(super) const SLIM: usize = 32;
 
-/// As [`gemm`] on several threads, in bf16 with sums in f32 where `mixed` and that is faster here.
+/// As [`gemm`] on several threads, in 16-bit words where `mixed` and those are faster here.
 pub(super) fn product<T: Float>(
     mixed: bool,
     alpha: T,
@@ -137,10 +137,10 @@ pub(super) fn product<T: Float>(
 ) {
     #[cfg(target_arch = "x86_64")]
     if [c.rows, c.cols, a.cols].into_iter().min() >= Some(SLIM)
-        && let Some([left, right]) = pairs(mixed, a, b, beta)
+        && let Some((words, left, right)) = slim(mixed, a, b, beta)
     {
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
-        return packed::product(Words::Pairs, alpha, left, right, None, c, beta == T::ONE);
+        return packed::product(words, alpha, left, right, None, c, beta == T::ONE);
     }
     let _ = mixed;
     gemm(true, alpha, a, b, beta, c);
@@ -156,26 +156,27 @@ pub(super) fn product_here<T: Float>(
     c: StridedMut<T>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if let Some([left, right]) = pairs(mixed, a, b, beta) {
+    if let Some((words, left, right)) = slim(mixed, a, b, beta) {
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
-        return packed::product_here(Words::Pairs, alpha, left, right, c, beta == T::ONE);
+        return packed::product_here(words, alpha, left, right, c, beta == T::ONE);
     }
     let _ = mixed;
     gemm(false, alpha, a, b, beta, c);
 }
 
-/// The operands of a product that is computed in pairs of bf16; none where it is not.
+/// The words and operands of a product that is computed in 16-bit elements; none where it is not.
 #[cfg(target_arch = "x86_64")]
-fn pairs<'a, T: Float>(
+fn slim<'a, T: Float>(
     mixed: bool,
     a: Strided<'a, T>,
     b: Strided<'a, T>,
     beta: T,
-) -> Option<[Operand<'a>; 2]> {
-    if !mixed || !packed::pairs_are_faster() || (beta != T::ZERO && beta != T::ONE) {
+) -> Option<(Words, Operand<'a>, Operand<'a>)> {
+    if !mixed || (beta != T::ZERO && beta != T::ONE) {
         return None;
     }
-    Some([Operand::rows_of(a.cast()?)?, Operand::rows_of(b.t().cast()?)?])
+    let words = packed::faster_than_wide()?;
+    Some((words, Operand::rows_of(a.cast()?)?, Operand::rows_of(b.t().cast()?)?))
 }
 
 /// C = alpha A B + beta C; with beta = 0, C is not read. `parallel` allows several threads; without

@@ -62,7 +62,7 @@ impl<T: Float> Cpu<T> {
         let (d_out, d_in) = shape(w);
         assert_eq!((dy.len(), dx.len()), (n * d_out, n * d_in), "linear shapes");
         #[cfg(target_arch = "x86_64")]
-        if let Some((words @ Words::Pairs, b)) = self.packed(w, n) {
+        if let Some((words, b)) = self.packed(w, n).filter(|(words, _)| *words != Words::Wide) {
             let dy = Strided::new(dy, n, d_out).cast();
             let a = dy.and_then(Operand::rows_of).expect("rows of f32");
             let c = StridedMut::new(dx, n, d_in).cast().expect("f32");
@@ -84,20 +84,20 @@ impl<T: Float> Cpu<T> {
         if size_of::<T>() != size_of::<f32>() {
             return None;
         }
-        let pairs = self.mixed && packed::pairs_are_faster();
-        let words = |pairs| if pairs { Words::Pairs } else { Words::Wide };
+        let slim = packed::faster_than_wide().filter(|_| self.mixed);
         let (words, rows) = match *w {
             MatrixRef::Frozen(host) => {
-                (words(pairs && host.dtype == Dtype::Bf16), Operand::rows_of_weight(host))
+                (slim.filter(|_| host.dtype == Dtype::Bf16), Operand::rows_of_weight(host))
             }
             MatrixRef::Trained(view, rows, cols) => {
                 if rows.min(cols).min(n) < SLIM {
                     return None;
                 }
                 let w = Strided::new(Cpu::slice(view), rows, cols).cast()?;
-                (words(pairs), Operand::rows_of(w)?)
+                (slim, Operand::rows_of(w)?)
             }
         };
+        let words = words.unwrap_or(Words::Wide);
         packed::available(words).then_some((words, rows))
     }
 }

@@ -79,7 +79,7 @@ impl Cpu<f32> {
     /// Whether products are in bf16 here.
     pub fn rounds_factors(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self.mixed && packed::pairs_are_faster();
+        return self.mixed && packed::faster_than_wide().is_some();
         #[cfg(not(target_arch = "x86_64"))]
         return false;
     }

@@ -12,7 +12,7 @@ use std::sync::LazyLock;
 use rayon::prelude::*;
 
 use super::gemm::StridedMut;
-use super::packing::{LANES, Operand, Stretch, Words, mask, pack_pairs, pack_wide};
+use super::packing::{LANES, Operand, Stretch, Words, mask, pack_halves, pack_pairs, pack_wide};
 
 /// Rows and columns of the tile whose sums stay in registers: 24 of 32.
 const ROWS: usize = 12;
@@ -23,24 +23,38 @@ const DEPTH: usize = 512;
 const WIDTH: usize = 128;
 /// Words of the left operand that are packed at a time.
 const LEFT: usize = 1 << 19;
+/// Tasks of a thread, so that one whose core is busy with other things leaves some to the others.
+const TASKS: usize = 4;
 /// The fewest rows for which a task packs columns that another one packs, too.
 const TASK_ROWS: usize = 16 * ROWS;
+
+/// Words of depth whose products are summed in f16 before the sum is added to one in f32: with 32 a
+/// product errs half as much as one of factors in bf16 (docs/performance.md), and two such sums of
+/// magnitudes below 16 times 16 stay below f16's largest, 65504.
+const CHAIN: usize = 32;
 
 /// Whether this processor has what a product of such words needs.
 pub(super) fn available(words: Words) -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
-        && (words == Words::Wide || is_x86_feature_detected!("avx512bf16"))
+        && match words {
+            Words::Wide => true,
+            Words::Pairs => is_x86_feature_detected!("avx512bf16"),
+            Words::Halves => is_x86_feature_detected!("avx512fp16"),
+        }
 }
 
-/// Whether products of bf16 in pairs are faster here than those of f32. On AMD one instruction takes
-/// two elements in the time of one; on Intel it takes longer than two in f32 (docs/performance.md).
-pub(super) fn pairs_are_faster() -> bool {
-    static FASTER: LazyLock<bool> = LazyLock::new(|| {
+/// The words of 16-bit elements whose products are faster here than those of f32. On AMD one
+/// instruction takes two elements in bf16 in the time of one in f32; on Intel it takes longer than two
+/// in f32, and one of 32 elements in f16 as long as one of 16 in f32 (docs/performance.md).
+pub(super) fn faster_than_wide() -> Option<Words> {
+    static FASTER: LazyLock<Option<Words>> = LazyLock::new(|| {
         let cpu = __cpuid(0);
         let vendor = [cpu.ebx, cpu.edx, cpu.ecx].map(u32::to_le_bytes).concat();
-        available(Words::Pairs) && vendor == b"AuthenticAMD"
+        let pairs = available(Words::Pairs) && vendor == b"AuthenticAMD";
+        let halves = available(Words::Halves).then_some(Words::Halves);
+        if pairs { Some(Words::Pairs) } else { halves }
     });
     *FASTER
 }
@@ -68,37 +82,39 @@ pub(super) fn product(
     let out = Shared(c.data.as_mut_ptr());
     let (words_deep, threads) = (DEPTH.min(words.holding(depth)), rayon::current_num_threads());
     let rows_at_once = (LEFT / words_deep.max(1)).next_multiple_of(ROWS).min(m);
-    let mut left = Room::of(rows_at_once.next_multiple_of(ROWS) * words_deep);
+    let mut left = Room::of(rows_at_once.div_ceil(ROWS) * words.room(ROWS, words_deep));
     let width = n.div_ceil(threads).next_multiple_of(COLS).min(WIDTH);
     let across = n.div_ceil(width);
     for top in (0..m).step_by(rows_at_once) {
         let rows = rows_at_once.min(m - top);
         // Few columns and many rows: tasks share columns.
-        let high = rows.div_ceil((2 * threads).div_ceil(across)).max(TASK_ROWS);
+        let high = rows.div_ceil((TASKS * threads).div_ceil(across)).max(TASK_ROWS);
         let high = high.next_multiple_of(ROWS);
         for first in (0..depth).step_by(DEPTH * words.elements()) {
             let length = (DEPTH * words.elements()).min(depth - first);
-            let (stretch, steps) = (Stretch { first, length }, words.holding(length));
-            let left = &mut left.words()[..rows.next_multiple_of(ROWS) * steps];
-            left.par_chunks_mut(ROWS * steps).enumerate().for_each(|(i, block)| {
+            let stretch = Stretch { first, length };
+            let [high_room, wide_room] =
+                [ROWS, COLS].map(|width| words.room(width, words.holding(length)));
+            let left = &mut left.words()[..rows.div_ceil(ROWS) * high_room];
+            left.par_chunks_mut(high_room).enumerate().for_each(|(i, block)| {
                 // SAFETY: the words are available, and the operand was checked.
                 unsafe { pack(words, &a, top + i * ROWS, stretch, block, ROWS) };
             });
             let (left, add) = (&*left, add || first > 0);
             let tasks = (0..across * rows.div_ceil(high)).into_par_iter();
             tasks.for_each_init(
-                || Room::of(width * steps),
+                || Room::of(width / COLS * wide_room),
                 |room, task| {
                     let (from, row) = (task % across * width, task / across * high);
                     let cols = width.min(n - from);
-                    let panels = &mut room.words()[..cols.next_multiple_of(COLS) * steps];
-                    for (j, panel) in panels.chunks_exact_mut(COLS * steps).enumerate() {
+                    let panels = &mut room.words()[..cols.div_ceil(COLS) * wide_room];
+                    for (j, panel) in panels.chunks_exact_mut(wide_room).enumerate() {
                         // SAFETY: as above.
                         unsafe { pack_panel(words, &b, from + j * COLS, stretch, panel) };
                     }
-                    let mine = left[row * steps..].chunks_exact(ROWS * steps);
+                    let mine = left.chunks_exact(high_room).skip(row / ROWS);
                     for (i, block) in mine.enumerate().take(high.min(rows - row).div_ceil(ROWS)) {
-                        for (j, panel) in panels.chunks_exact(COLS * steps).enumerate() {
+                        for (j, panel) in panels.chunks_exact(wide_room).enumerate() {
                             let (row, col) = (top + row + i * ROWS, from + j * COLS);
                             let tile = Tile {
                                 at: out.at(row * stride + col),
@@ -143,6 +159,7 @@ unsafe fn pack(
         match words {
             Words::Wide => pack_wide(from, line, stretch, to, width, lanes),
             Words::Pairs => pack_pairs(from, line, stretch, to, width, lanes),
+            Words::Halves => pack_halves(from, line, stretch, to, width, lanes),
         }
     }
 }
@@ -160,17 +177,18 @@ pub(super) fn product_here(
     let (m, n, depth) = (c.rows, c.cols, a.depth);
     let (out, stride) = (c.data.as_mut_ptr(), c.row_stride);
     let (stretch, steps) = (Stretch { first: 0, length: depth }, words.holding(depth));
-    let (left, right) = (m.next_multiple_of(ROWS) * steps, n.next_multiple_of(COLS) * steps);
-    let mut room = Room::of(left + right);
+    let [high_room, wide_room] = [ROWS, COLS].map(|width| words.room(width, steps));
+    let left = m.div_ceil(ROWS) * high_room;
+    let mut room = Room::of(left + n.div_ceil(COLS) * wide_room);
     let (left, right) = room.words().split_at_mut(left);
-    for (i, block) in left.chunks_exact_mut(ROWS * steps).enumerate() {
+    for (i, block) in left.chunks_exact_mut(high_room).enumerate() {
         // SAFETY: the words are available, and the operand was checked.
         unsafe { pack(words, &a, i * ROWS, stretch, block, ROWS) };
     }
-    for (j, panel) in right.chunks_exact_mut(COLS * steps).enumerate() {
+    for (j, panel) in right.chunks_exact_mut(wide_room).enumerate() {
         // SAFETY: as above.
         unsafe { pack_panel(words, &b, j * COLS, stretch, panel) };
-        for (i, block) in left.chunks_exact(ROWS * steps).enumerate() {
+        for (i, block) in left.chunks_exact(high_room).enumerate() {
             let (row, col) = (i * ROWS, j * COLS);
             let at = out.wrapping_add(row * stride + col);
             let (rows, cols) = (ROWS.min(m - row), COLS.min(n - col));
@@ -199,6 +217,7 @@ unsafe fn multiply(words: Words, block: &[u32], panel: &[u32], tile: &Tile) {
         match words {
             Words::Wide => wide(block, panel, tile),
             Words::Pairs => pairs(block, panel, tile),
+            Words::Halves => halves(block, panel, tile),
         }
     }
 }
@@ -287,34 +306,8 @@ macro_rules! tile {
                     sums[r][1] = $step(sums[r][1], a, b[1]);
                 }
             }
-            let scale = _mm512_set1_ps(c.scale);
-            let masks = [mask(c.cols), mask(c.cols.saturating_sub(LANES))];
-            let mut bias = [_mm512_setzero_ps(); 2];
-            if let Some(row) = c.bias {
-                for half in 0..2 {
-                    let at = row.as_ptr().wrapping_add(half * LANES);
-                    // SAFETY: masks keep to the columns of the tile, which the row has.
-                    bias[half] = unsafe { _mm512_maskz_loadu_ps(masks[half], at) };
-                }
-            }
-            // Indexed by constants alone, so that the sums stay in registers.
-            for r in 0..ROWS {
-                if r < c.rows {
-                    for half in 0..2 {
-                        let at = c.at.wrapping_add(r * c.stride + half * LANES);
-                        // SAFETY: masks keep to the columns of the tile; a pointer past them is not
-                        // followed.
-                        unsafe {
-                            let mut sum = _mm512_fmadd_ps(sums[r][half], scale, bias[half]);
-                            if c.add {
-                                let before = _mm512_maskz_loadu_ps(masks[half], at);
-                                sum = _mm512_add_ps(sum, before);
-                            }
-                            _mm512_mask_storeu_ps(at, masks[half], sum);
-                        }
-                    }
-                }
-            }
+            // SAFETY: as promised by the caller.
+            unsafe { store(&sums, c) };
         }
     };
 }
@@ -326,96 +319,302 @@ tile!(wide, "avx512f,avx512bw,avx512vl", |sum, a, b| _mm512_fmadd_ps(
 ));
 tile!(pairs, "avx512f,avx512bw,avx512vl,avx512bf16", |sum, a, b| _mm512_dpbf16_ps(
     sum,
-    halves(a),
-    halves(b)
+    as_bf16(a),
+    as_bf16(b)
 ));
 
 /// The register as one of bf16.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn halves(x: __m512i) -> __m512bh {
+fn as_bf16(x: __m512i) -> __m512bh {
     // SAFETY: both are 512 bits of which any value is good.
     unsafe { std::mem::transmute(x) }
 }
 
+/// As [`tile`], in f16: even and odd steps of depth apart from each other, [`CHAIN`] words at a time.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512fp16")]
+unsafe fn halves(a: &[u32], b: &[u32], c: &Tile) {
+    let (a, a_powers) = a.split_at(a.len() - ROWS);
+    let (b, b_powers) = b.split_at(b.len() - COLS);
+    let mut totals = [[_mm512_setzero_ps(); 2]; ROWS];
+    for (a, b) in a.chunks(CHAIN * ROWS).zip(b.chunks(CHAIN * COLS)) {
+        let mut sums = [[_mm512_setzero_ph(); 2]; ROWS];
+        for (a, b) in a.as_chunks::<ROWS>().0.iter().zip(b.as_chunks::<COLS>().0) {
+            // SAFETY: both halves are inside b.
+            let b = unsafe {
+                let b = b.as_ptr();
+                [_mm512_loadu_si512(b.cast()), _mm512_loadu_si512(b.add(LANES).cast())]
+            };
+            let b = b.map(|b| _mm512_castsi512_ph(b));
+            for r in 0..ROWS {
+                let a = _mm512_castsi512_ph(_mm512_set1_epi32(a[r].cast_signed()));
+                sums[r][0] = _mm512_fmadd_ph(a, b[0], sums[r][0]);
+                sums[r][1] = _mm512_fmadd_ph(a, b[1], sums[r][1]);
+            }
+        }
+        for r in 0..ROWS {
+            for half in 0..2 {
+                totals[r][half] = add_pairs(sums[r][half], totals[r][half]);
+            }
+        }
+    }
+    for r in 0..ROWS {
+        let a = _mm512_set1_ps(f32::from_bits(a_powers[r]));
+        for half in 0..2 {
+            // SAFETY: both halves are inside.
+            let b = unsafe { _mm512_loadu_ps(b_powers[half * LANES..].as_ptr().cast()) };
+            totals[r][half] = _mm512_mul_ps(_mm512_mul_ps(totals[r][half], a), b);
+        }
+    }
+    // SAFETY: as promised by the caller.
+    unsafe { store(&totals, c) };
+}
+
+/// Adds the two halves of every word, in f16, to the sum in f32. They are finite.
+#[target_feature(enable = "avx512f,avx512fp16")]
+#[inline]
+fn add_pairs(pairs: __m512h, sum: __m512) -> __m512 {
+    let words = _mm512_castph_si512(pairs);
+    let low_above = _mm512_castsi512_ph(_mm512_slli_epi32::<16>(words));
+    let added = _mm512_castph_si512(_mm512_add_ph(pairs, low_above));
+    // The upper half's exponent and fraction where f32 has them, its exponent 112 too low.
+    let moved = _mm512_srai_epi32::<3>(added);
+    let bits = _mm512_and_si512(moved, _mm512_set1_epi32(0x8fff_e000_u32.cast_signed()));
+    let higher = _mm512_set1_ps(f32::from_bits((112 + 127) << 23));
+    _mm512_fmadd_ps(_mm512_castsi512_ps(bits), higher, sum)
+}
+
+/// Writes a tile's sums.
+#[target_feature(enable = "avx512f")]
+#[inline]
+unsafe fn store(sums: &[[__m512; 2]; ROWS], c: &Tile) {
+    let scale = _mm512_set1_ps(c.scale);
+    let masks = [mask(c.cols), mask(c.cols.saturating_sub(LANES))];
+    let mut bias = [_mm512_setzero_ps(); 2];
+    if let Some(row) = c.bias {
+        for half in 0..2 {
+            let at = row.as_ptr().wrapping_add(half * LANES);
+            // SAFETY: masks keep to the columns of the tile, which the row has.
+            bias[half] = unsafe { _mm512_maskz_loadu_ps(masks[half], at) };
+        }
+    }
+    // Indexed by constants alone, so that the sums stay in registers.
+    for r in 0..ROWS {
+        if r < c.rows {
+            for half in 0..2 {
+                let at = c.at.wrapping_add(r * c.stride + half * LANES);
+                // SAFETY: masks keep to the columns of the tile; a pointer past them is not
+                // followed.
+                unsafe {
+                    let mut sum = _mm512_fmadd_ps(sums[r][half], scale, bias[half]);
+                    if c.add {
+                        let before = _mm512_maskz_loadu_ps(masks[half], at);
+                        sum = _mm512_add_ps(sum, before);
+                    }
+                    _mm512_mask_storeu_ps(at, masks[half], sum);
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use super::*;
-    use crate::HostMatrix;
     use crate::cpu::gemm::Strided;
+    use crate::{Dtype, HostMatrix};
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {
         (0..n).map(|i| ((i * 37 + seed * 101) % 97) as f32 / 97.0 - 0.4).collect()
     }
 
+    fn stored(rows: usize, cols: usize, x: &[f32], dtype: Dtype) -> HostMatrix {
+        let w = HostMatrix::from_f32(rows, cols, x);
+        match dtype {
+            Dtype::F32 => w,
+            Dtype::Bf16 => w.to_bf16(),
+            Dtype::F16 => {
+                let bytes: Vec<u8> =
+                    x.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
+                HostMatrix::new(rows, cols, dtype, Arc::new(bytes), 0)
+            }
+        }
+    }
+
+    const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::Bf16, Dtype::F16];
+
     /// Beyond one stretch, one task and one tile, against sums in f64 of what the words hold; and the
     /// same bits for any number of threads and wherever a row stands.
     #[test]
     fn agrees_with_the_definition_for_any_number_of_threads() {
-        let kinds = [Words::Wide, Words::Pairs].into_iter().flat_map(|words| {
-            [false, true]
-                .into_iter()
-                .flat_map(move |left| [false, true].map(|right| (words, left, right)))
-        });
-        for (words, left, right) in kinds.filter(|kind| available(kind.0)) {
-            let beyond = words.elements() * DEPTH + 17;
-            let high = LEFT / DEPTH + 30;
-            let shapes = [(1, 1, 1), (13, 33, 40), (30, 2 * WIDTH + 35, beyond), (high, 35, 700)];
-            for (m, n, depth) in shapes {
-                let (a, b) = (numbers(m * depth, 1), numbers(n * depth, 2));
-                let w = HostMatrix::from_f32(
-                    if right { n } else { depth },
-                    if right { depth } else { n },
-                    &b,
-                );
-                let w = w.to_bf16();
-                let mut b = vec![0f64; n * depth];
-                crate::cpu::linear::widen(&w, 0, &mut b);
-                let before = numbers(m * n, 3);
-                let bias = numbers(n, 4);
-                let run = |threads: usize, rows: usize, add: bool| {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1));
-                    let mut c = before[..rows * n].to_vec();
-                    let from = if left {
-                        Strided::rows_apart(&a, depth, rows, m).t()
-                    } else {
-                        Strided::new(&a[..rows * depth], rows, depth)
-                    };
-                    let from = Operand::rows_of(from).unwrap();
-                    let by = Operand::rows_of_weight(&w);
-                    let by = if right { by } else { by.t() };
-                    let to = StridedMut::new(&mut c, rows, n);
-                    let bias = add.then_some(&bias[..]);
-                    pool.build().unwrap().install(|| match threads {
-                        0 => product_here(words, 0.5, from, by, to, add),
-                        _ => product(words, 0.5, from, by, bias, to, add),
-                    });
-                    c
+        for words in [Words::Wide, Words::Pairs, Words::Halves] {
+            for (case, dtype) in (0..4).flat_map(|case| DTYPES.map(|dtype| (case, dtype))) {
+                let served = words != Words::Pairs || dtype != Dtype::F16;
+                if available(words) && served {
+                    agrees(words, case & 1 > 0, case & 2 > 0, dtype);
+                }
+            }
+        }
+    }
+
+    fn agrees(words: Words, left: bool, right: bool, dtype: Dtype) {
+        // Sums of so few quarters of a quarter are exact in f16.
+        let numbers = |n, seed| {
+            let mut numbers = numbers(n, seed);
+            if words == Words::Halves {
+                numbers.iter_mut().for_each(|x| *x = (*x * 4.0).round() / 4.0);
+            }
+            numbers
+        };
+        let beyond = words.elements() * DEPTH + 17;
+        let high = LEFT / DEPTH + 30;
+        let shapes = [(1, 1, 1), (13, 33, 40), (30, 2 * WIDTH + 35, beyond), (high, 35, 700)];
+        for (m, n, depth) in shapes {
+            let (a, b) = (numbers(m * depth, 1), numbers(n * depth, 2));
+            let (rows, cols) = if right { (n, depth) } else { (depth, n) };
+            let w = stored(rows, cols, &b, dtype);
+            let mut b = vec![0f64; n * depth];
+            crate::cpu::linear::widen(&w, 0, &mut b);
+            let before = numbers(m * n, 3);
+            let bias = numbers(n, 4);
+            let run = |threads: usize, rows: usize, add: bool| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.max(1));
+                let mut c = before[..rows * n].to_vec();
+                let from = if left {
+                    Strided::rows_apart(&a, depth, rows, m).t()
+                } else {
+                    Strided::new(&a[..rows * depth], rows, depth)
                 };
-                let added = run(1, m, true);
-                for i in (0..m).step_by(m.div_ceil(50)).chain([m - 1]) {
-                    for j in 0..n {
-                        let term = |k: usize| {
-                            let a = a[if left { k * m + i } else { i * depth + k }];
-                            let a = match words {
-                                Words::Wide => a,
-                                Words::Pairs => half::bf16::from_f32(a).to_f32(),
-                            };
-                            0.5 * f64::from(a) * b[if right { j * depth + k } else { k * n + j }]
-                        };
-                        let start = f64::from(before[i * n + j]) + f64::from(bias[j]);
-                        let want = start + (0..depth).map(term).sum::<f64>();
-                        let size = (0..depth).map(|k| term(k).abs()).sum::<f64>() + 1.0;
-                        let got = f64::from(added[i * n + j]);
-                        assert!((got - want).abs() < 4e-6 * size, "{words:?}: {got}, not {want}");
-                    }
+                let from = Operand::rows_of(from).unwrap();
+                let by = Operand::rows_of_weight(&w);
+                let by = if right { by } else { by.t() };
+                let to = StridedMut::new(&mut c, rows, n);
+                let bias = add.then_some(&bias[..]);
+                pool.build().unwrap().install(|| match threads {
+                    0 => product_here(words, 0.5, from, by, to, add),
+                    _ => product(words, 0.5, from, by, bias, to, add),
+                });
+                c
+            };
+            let added = run(1, m, true);
+            let rounds = |x: f32| match words {
+                Words::Wide | Words::Halves => x,
+                Words::Pairs => half::bf16::from_f32(x).to_f32(),
+            };
+            for i in (0..m).step_by(m.div_ceil(50)).chain([m - 1]) {
+                for j in 0..n {
+                    let term = |k: usize| {
+                        let a = rounds(a[if left { k * m + i } else { i * depth + k }]);
+                        let b = b[if right { j * depth + k } else { k * n + j }];
+                        0.5 * f64::from(a) * f64::from(rounds(b as f32))
+                    };
+                    let start = f64::from(before[i * n + j]) + f64::from(bias[j]);
+                    let want = start + (0..depth).map(term).sum::<f64>();
+                    let size = (0..depth).map(|k| term(k).abs()).sum::<f64>() + 1.0;
+                    let got = f64::from(added[i * n + j]);
+                    assert!((got - want).abs() < 4e-6 * size, "{words:?}: {got}, not {want}");
                 }
-                assert!(added == run(2, m, true) && added == run(5, m, true));
-                if depth <= DEPTH {
-                    assert!(run(0, m, false) == run(1, m, false), "as a whole");
+            }
+            assert!(added == run(2, m, true) && added == run(5, m, true));
+            if depth <= DEPTH {
+                assert!(run(0, m, false) == run(1, m, false), "as a whole");
+            }
+            let few = m.div_ceil(3);
+            assert!(run(2, few, false) == run(1, m, false)[..few * n]);
+        }
+    }
+
+    /// Rows and columns of any size, each with an element far above the others: at most as far from
+    /// the exact product as factors rounded to bf16 leave it; for random signs half as far.
+    #[test]
+    fn halves_err_less_than_factors_in_bf16() {
+        if !available(Words::Halves) {
+            return;
+        }
+        let (m, n, depth) = (25, 40, 1500);
+        let mut state = 1u64;
+        let mut draw = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        let lines = |count: i32, spread: i32, draw: &mut dyn FnMut() -> f32| -> Vec<f32> {
+            let line = |i: i32| {
+                let size = 2f32.powi((i * 7) % (2 * spread + 1) - spread);
+                (0..depth).map(move |k| if k == i { 300.0 * size } else { size })
+            };
+            (0..count).flat_map(line).map(|size| size * draw()).collect()
+        };
+        let a = lines(m, 60, &mut draw);
+        let b = lines(n, 30, &mut draw);
+        for dtype in [Dtype::F32, Dtype::Bf16] {
+            let w = stored(n as usize, depth as usize, &b, dtype);
+            let mut b = vec![0f64; b.len()];
+            crate::cpu::linear::widen(&w, 0, &mut b);
+            let mut c = vec![0f32; (m * n) as usize];
+            let to = StridedMut::new(&mut c, m as usize, n as usize);
+            let from = Operand::rows_of(Strided::new(&a, m as usize, depth as usize)).unwrap();
+            product(Words::Halves, 1.0, from, Operand::rows_of_weight(&w), None, to, false);
+            let (mut ours, mut theirs) = (0.0, 0.0);
+            for (i, a) in a.chunks_exact(depth as usize).enumerate() {
+                for (j, b) in b.chunks_exact(depth as usize).enumerate() {
+                    let sum = |f: &dyn Fn(f64) -> f64| -> f64 {
+                        a.iter().zip(b).map(|(&a, &b)| f(f64::from(a)) * f(b)).sum()
+                    };
+                    let want = sum(&|x| x);
+                    let of = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>();
+                    let a: Vec<f64> = a.iter().map(|&a| f64::from(a)).collect();
+                    let size = of(&a).sqrt() * of(b).sqrt();
+                    let rounded = sum(&|x| half::bf16::from_f64(x).to_f64());
+                    ours += ((f64::from(c[i * n as usize + j]) - want) / size).powi(2);
+                    theirs += ((rounded - want) / size).powi(2);
                 }
-                let few = m.div_ceil(3);
-                assert!(run(2, few, false) == run(1, m, false)[..few * n]);
+            }
+            assert!(ours.sqrt() < 0.6 * theirs.sqrt(), "{dtype:?}: {ours:e} {theirs:e}");
+            assert!(ours > 0.0);
+        }
+    }
+
+    /// An infinity or NaN spoils its own row or column and nothing else; zeros and the smallest numbers
+    /// do no harm.
+    #[test]
+    fn halves_keep_what_is_not_finite_to_its_line() {
+        if !available(Words::Halves) {
+            return;
+        }
+        let (m, n, depth) = (14, 35, 50);
+        let (mut a, mut b) = (vec![1f32; m * depth], vec![1f32; n * depth]);
+        a[3 * depth + 7] = f32::INFINITY;
+        b[20 * depth + 49] = f32::NAN;
+        a[5 * depth..6 * depth].fill(0.0);
+        a[6 * depth..7 * depth].fill(f32::from_bits(1));
+        b[depth..2 * depth].fill(f32::MIN_POSITIVE);
+        for across in [false, true] {
+            let turned = |x: &[f32], lines: usize| -> Vec<f32> {
+                (0..x.len()).map(|i| x[i % lines * depth + i / lines]).collect()
+            };
+            let (a, b) =
+                if across { (turned(&a, m), turned(&b, n)) } else { (a.clone(), b.clone()) };
+            let lines = |x, lines| {
+                let along = if across {
+                    Strided::new(x, depth, lines).t()
+                } else {
+                    Strided::new(x, lines, depth)
+                };
+                Operand::rows_of(along).unwrap()
+            };
+            let mut c = vec![0f32; m * n];
+            let to = StridedMut::new(&mut c, m, n);
+            product(Words::Halves, 1.0, lines(&a, m), lines(&b, n), None, to, false);
+            for (i, c) in c.iter().enumerate() {
+                let (row, col) = (i / n, i % n);
+                let spoilt = row == 3 || col == 20;
+                let want = if row == 5 || row == 6 || col == 1 { 0.0 } else { depth as f32 };
+                assert!(
+                    if spoilt { c.is_nan() } else { (c - want).abs() < 1e-30 },
+                    "{row} {col}: {c}"
+                );
             }
         }
     }

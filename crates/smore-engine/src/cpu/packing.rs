@@ -18,6 +18,10 @@ pub(super) enum Words {
     Wide,
     /// Two elements in bf16 that follow each other in depth.
     Pairs,
+    /// The same in f16, times a power of two that brings the largest of the line's stretch to [8, 16):
+    /// sums of products then stay in f16's range, and an element is exact to 11 bits unless it is less
+    /// than 2^-17 of the largest.
+    Halves,
 }
 
 impl Words {
@@ -25,13 +29,19 @@ impl Words {
     pub(super) fn elements(self) -> usize {
         match self {
             Self::Wide => 1,
-            Self::Pairs => 2,
+            Self::Pairs | Self::Halves => 2,
         }
     }
 
     /// Words that hold so many elements.
     pub(super) fn holding(self, elements: usize) -> usize {
         elements.div_ceil(self.elements())
+    }
+
+    /// Words of `width` packed lines of so many steps: `[steps, width]`, behind them what undoes each
+    /// line's power of two, in f32, where there is one.
+    pub(super) fn room(self, width: usize, steps: usize) -> usize {
+        width * (steps + usize::from(self == Self::Halves))
     }
 }
 
@@ -70,7 +80,7 @@ impl<'a> Operand<'a> {
 
     /// Whether words of this kind can be made of the elements.
     pub(super) fn fits(&self, words: Words) -> bool {
-        words == Words::Wide || self.dtype != Dtype::F16
+        words != Words::Pairs || self.dtype != Dtype::F16
     }
 
     /// # Panics
@@ -99,9 +109,48 @@ pub(super) fn mask(n: usize) -> __mmask16 {
     ((1u32 << n.min(LANES)) - 1) as __mmask16
 }
 
+/// The powers of two of 16 lines.
+struct Powers {
+    /// Exponents as f32 writes them, 127 for 1.
+    exponents: [u32; LANES],
+    /// Lines that hold an infinity or NaN: their products are NaN.
+    spoilt: __mmask16,
+}
+
+impl Powers {
+    /// Of lines whose largest magnitudes have these bits, in f32.
+    #[target_feature(enable = "avx512f")]
+    fn of(largest: __m512i) -> Self {
+        let exponents = _mm512_srli_epi32::<23>(largest);
+        let spoilt = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(0xff));
+        // 2^(3 - (e - 127)), at most 2^111: what is below 2^-108 ends nearer to 0.
+        let power = _mm512_sub_epi32(_mm512_set1_epi32(127 + 127 + 3), exponents);
+        let mut lines = Self { exponents: [0; LANES], spoilt };
+        let power = _mm512_min_epi32(power, _mm512_set1_epi32(127 + 111));
+        // SAFETY: 16 words.
+        unsafe { _mm512_storeu_si512(lines.exponents.as_mut_ptr().cast(), power) };
+        lines
+    }
+
+    /// All lines' in one register, a line a word.
+    #[target_feature(enable = "avx512f")]
+    fn all(&self) -> __m512i {
+        // SAFETY: 16 words.
+        unsafe { _mm512_loadu_si512(self.exponents.as_ptr().cast()) }
+    }
+
+    /// What undoes them.
+    #[target_feature(enable = "avx512f")]
+    fn undone(&self) -> __m512i {
+        let inverse = _mm512_sub_epi32(_mm512_set1_epi32(2 * 127), self.all());
+        let nan = _mm512_set1_epi32(f32::NAN.to_bits().cast_signed());
+        _mm512_mask_mov_epi32(_mm512_slli_epi32::<23>(inverse), self.spoilt, nan)
+    }
+}
+
 /// Makes `pack`: at most 16 lines from `line` on as `[words, width]` in `to`, zeros where lines or
 /// halves of a pair are missing. `along` gives words that follow each other in a line, `across` one
-/// word of lines that follow each other.
+/// word of lines that follow each other; both take the exponents of their lines' powers of two.
 macro_rules! pack {
     ($name:ident, $features:literal, $words:expr, $along:ident, $across:ident) => {
         /// # Safety
@@ -120,8 +169,20 @@ macro_rules! pack {
             let lines = lanes.min(from.lines.saturating_sub(line));
             let (seen, written) = (mask(lines), mask(lanes));
             let elements = $words.elements();
-            assert!(to.len() + width >= $words.holding(length) * width + lanes, "room to pack in");
+            let room = $words.room(width, $words.holding(length));
+            assert!(to.len() + width >= room + lanes, "room to pack in");
             let mut to = to.as_mut_ptr();
+            let mut exponents = [0; LANES];
+            let mut all = _mm512_setzero_si512();
+            if $words == Words::Halves {
+                // SAFETY: as promised by the caller.
+                let powers = unsafe { powers(from, line, stretch, lines) };
+                let undone = to.wrapping_add($words.holding(length) * width);
+                // SAFETY: there is room, as asserted.
+                unsafe { _mm512_mask_storeu_epi32(undone.cast(), written, powers.undone()) };
+                all = powers.all();
+                exponents = powers.exponents;
+            }
             if from.strides.1 == 1 {
                 let row = from.strides.0 * from.dtype.bytes();
                 for k in (0..length).step_by(LANES * elements) {
@@ -138,7 +199,7 @@ macro_rules! pack {
                                 _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(64).cast());
                             }
                             // SAFETY: the elements are inside the line.
-                            part[r] = unsafe { $along(from.dtype, at, length) };
+                            part[r] = unsafe { $along(from.dtype, at, length, exponents[r]) };
                         }
                     }
                     transpose(&mut part);
@@ -160,7 +221,7 @@ macro_rules! pack {
                 }
                 // SAFETY: masks keep to the lines, which are inside the operand; there is room.
                 unsafe {
-                    let word = $across(from.dtype, at, below, seen);
+                    let word = $across(from.dtype, at, below, seen, all);
                     _mm512_mask_storeu_epi32(to.cast(), written, word);
                 }
                 to = to.wrapping_add(width);
@@ -171,12 +232,75 @@ macro_rules! pack {
 
 pack!(pack_wide, "avx512f,avx512bw,avx512vl", Words::Wide, along_wide, across_wide);
 pack!(pack_pairs, "avx512f,avx512bw,avx512vl,avx512bf16", Words::Pairs, along_pairs, across_pairs);
+pack!(pack_halves, "avx512f,avx512bw,avx512vl", Words::Halves, along_halves, across_halves);
+
+/// The powers of two of 16 lines' stretch.
+///
+/// # Safety
+/// As for packing.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn powers(from: &Operand, line: usize, stretch: Stretch, lines: usize) -> Powers {
+    let Stretch { first, length } = stretch;
+    let wide = from.dtype == Dtype::F32;
+    let magnitude = _mm512_set1_epi32(if wide { 0x7fff_ffff } else { 0x7fff_7fff });
+    let mut largest = [0u32; LANES];
+    if from.strides.1 == 1 {
+        // A magnitude's bits rise with it in every type.
+        let step = if wide { LANES } else { 2 * LANES };
+        for (r, largest) in largest.iter_mut().enumerate().take(lines) {
+            let mut top = _mm512_setzero_si512();
+            for k in (0..length).step_by(step) {
+                let (at, left) = (from.at(line + r, first + k), (length - k).min(step));
+                // SAFETY: the elements are inside the line.
+                top = unsafe {
+                    if wide {
+                        let x = _mm512_maskz_loadu_epi32(mask(left), at.cast());
+                        _mm512_max_epu32(top, _mm512_and_si512(x, magnitude))
+                    } else {
+                        let x = _mm512_maskz_loadu_epi16(((1u64 << left) - 1) as u32, at.cast());
+                        _mm512_max_epu16(top, _mm512_and_si512(x, magnitude))
+                    }
+                };
+            }
+            if !wide {
+                let low = _mm512_and_si512(top, _mm512_set1_epi32(0xffff));
+                top = _mm512_max_epu32(_mm512_srli_epi32::<16>(top), low);
+            }
+            *largest = _mm512_reduce_max_epu32(top);
+        }
+    } else {
+        let row = from.strides.1 * from.dtype.bytes();
+        let mut top = _mm512_setzero_si512();
+        for k in 0..length {
+            let at = from.at(line, first + k);
+            _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD * row).cast());
+            // SAFETY: masks keep to the lines.
+            let x = unsafe {
+                if wide {
+                    _mm512_maskz_loadu_epi32(mask(lines), at.cast())
+                } else {
+                    _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask(lines), at.cast()))
+                }
+            };
+            top = _mm512_max_epu32(top, _mm512_and_si512(x, magnitude));
+        }
+        // SAFETY: 16 words.
+        unsafe { _mm512_storeu_si512(largest.as_mut_ptr().cast(), top) };
+    }
+    // SAFETY: 16 words.
+    let largest = unsafe { _mm512_loadu_si512(largest.as_ptr().cast()) };
+    Powers::of(match from.dtype {
+        Dtype::F32 => largest,
+        Dtype::Bf16 => _mm512_slli_epi32::<16>(largest),
+        Dtype::F16 => _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(largest))),
+    })
+}
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
 #[inline]
-unsafe fn along_wide(dtype: Dtype, at: *const u8, length: usize) -> __m512i {
+unsafe fn along_wide(dtype: Dtype, at: *const u8, length: usize, _exponent: u32) -> __m512i {
     // SAFETY: as promised by the caller.
-    unsafe { across_wide(dtype, at, None, mask(length)) }
+    unsafe { across_wide(dtype, at, None, mask(length), _mm512_setzero_si512()) }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
@@ -186,6 +310,7 @@ unsafe fn across_wide(
     at: *const u8,
     _below: Option<*const u8>,
     seen: __mmask16,
+    _exponents: __m512i,
 ) -> __m512i {
     // SAFETY: as promised by the caller; no load needs an alignment.
     unsafe {
@@ -204,7 +329,7 @@ unsafe fn across_wide(
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-unsafe fn along_pairs(dtype: Dtype, at: *const u8, length: usize) -> __m512i {
+unsafe fn along_pairs(dtype: Dtype, at: *const u8, length: usize, _exponent: u32) -> __m512i {
     // SAFETY: as promised by the caller; a register is a register.
     unsafe {
         match dtype {
@@ -231,6 +356,7 @@ unsafe fn across_pairs(
     at: *const u8,
     below: Option<*const u8>,
     seen: __mmask16,
+    _exponents: __m512i,
 ) -> __m512i {
     // SAFETY: as promised by the caller.
     unsafe {
@@ -256,6 +382,71 @@ unsafe fn halves(dtype: Dtype, at: *const u8, seen: __mmask16) -> __m512i {
         }
     };
     _mm512_cvtepu16_epi32(halves)
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+unsafe fn along_halves(dtype: Dtype, at: *const u8, length: usize, exponent: u32) -> __m512i {
+    let exponents = _mm512_set1_epi32(exponent.cast_signed());
+    // SAFETY: as promised by the caller.
+    unsafe {
+        if dtype == Dtype::Bf16 {
+            let seen = ((1u64 << length) - 1) as __mmask32;
+            return from_bf16(_mm512_maskz_loadu_epi16(seen, at.cast()), exponents);
+        }
+        let (first, more) = (mask(length), mask(length.saturating_sub(LANES)));
+        let low = from_wide(across_wide(dtype, at, None, first, exponents), exponents);
+        let beyond = at.wrapping_add(LANES * dtype.bytes());
+        let high = from_wide(across_wide(dtype, beyond, None, more, exponents), exponents);
+        _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+#[inline]
+unsafe fn across_halves(
+    dtype: Dtype,
+    at: *const u8,
+    below: Option<*const u8>,
+    seen: __mmask16,
+    exponents: __m512i,
+) -> __m512i {
+    // SAFETY: as promised by the caller.
+    unsafe {
+        let half = |at: *const u8| {
+            _mm512_cvtepu16_epi32(if dtype == Dtype::Bf16 {
+                _mm256_maskz_loadu_epi16(seen, at.cast())
+            } else {
+                from_wide(across_wide(dtype, at, None, seen, exponents), exponents)
+            })
+        };
+        let below = below.map_or(_mm512_setzero_si512(), half);
+        let pair = _mm512_or_si512(half(at), _mm512_slli_epi32::<16>(below));
+        if dtype == Dtype::Bf16 { from_bf16(pair, exponents) } else { pair }
+    }
+}
+
+/// 16 numbers in f32, times their powers of two, in f16.
+#[target_feature(enable = "avx512f")]
+#[inline]
+fn from_wide(x: __m512i, exponents: __m512i) -> __m256i {
+    let powers = _mm512_castsi512_ps(_mm512_slli_epi32::<23>(exponents));
+    _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm512_mul_ps(_mm512_castsi512_ps(x), powers))
+}
+
+/// 32 numbers in bf16, times the powers of two of the words they stand in, in f16: all bits of a
+/// normal number have room there, so that only its exponent changes; smaller ones become 0.
+#[target_feature(enable = "avx512f,avx512bw")]
+#[inline]
+fn from_bf16(x: __m512i, exponents: __m512i) -> __m512i {
+    // e - 127 + power - 127 = e' - 15
+    let lower = _mm512_sub_epi32(_mm512_set1_epi32(127 + 127 - 15), exponents);
+    let lower = _mm512_slli_epi32::<7>(_mm512_or_si512(lower, _mm512_slli_epi32::<16>(lower)));
+    let magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7fff_7fff));
+    let moved = _mm512_subs_epu16(magnitude, lower);
+    let normal = _mm512_cmpge_epu16_mask(moved, _mm512_set1_epi16(1 << 7));
+    let sign = _mm512_andnot_si512(_mm512_set1_epi32(0x7fff_7fff), x);
+    _mm512_or_si512(sign, _mm512_maskz_slli_epi16::<3>(normal, moved))
 }
 
 /// Transposes 16 x 16 elements.
