@@ -80,34 +80,39 @@ pub(super) fn product(
     assert!(bias.is_none_or(|bias| bias.len() == n), "bias of a product");
     let stride = c.row_stride;
     let out = Shared(c.data.as_mut_ptr());
-    let (words_deep, threads) = (DEPTH.min(words.holding(depth)), rayon::current_num_threads());
-    let rows_at_once = (LEFT / words_deep.max(1)).next_multiple_of(ROWS).min(m);
-    let mut left = Room::of(rows_at_once.div_ceil(ROWS) * words.room(ROWS, words_deep));
+    let (words_deep, threads) =
+        (DEPTH.min(words.holding(depth)).max(1), rayon::current_num_threads());
+    let [high_room, wide_room] = [ROWS, COLS].map(|width| words.room(width, words_deep));
+    let rows_at_once = (LEFT / words_deep).next_multiple_of(ROWS).min(m);
+    let blocks_at_once = rows_at_once.div_ceil(ROWS);
+    let stretches: Vec<Stretch> = Stretch::of(depth, DEPTH * words.elements()).collect();
+    let stretches_at_once = (LEFT / (rows_at_once * words_deep)).clamp(1, stretches.len().max(1));
+    let mut left = Room::of(stretches_at_once * blocks_at_once * high_room);
     let width = n.div_ceil(threads).next_multiple_of(COLS).min(WIDTH);
     let across = n.div_ceil(width);
     for top in (0..m).step_by(rows_at_once) {
         let rows = rows_at_once.min(m - top);
+        let blocks = rows.div_ceil(ROWS);
         // Few columns and many rows: tasks share columns.
         let high = rows.div_ceil((TASKS * threads).div_ceil(across)).max(TASK_ROWS);
         let high = high.next_multiple_of(ROWS);
-        for first in (0..depth).step_by(DEPTH * words.elements()) {
-            let length = (DEPTH * words.elements()).min(depth - first);
-            let stretch = Stretch { first, length };
-            let [high_room, wide_room] =
-                [ROWS, COLS].map(|width| words.room(width, words.holding(length)));
-            let left = &mut left.words()[..rows.div_ceil(ROWS) * high_room];
+        for stretches in stretches.chunks(stretches_at_once) {
+            let left = &mut left.words()[..stretches.len() * blocks * high_room];
             left.par_chunks_mut(high_room).enumerate().for_each(|(i, block)| {
+                let (stretch, line) = (stretches[i / blocks], top + i % blocks * ROWS);
                 // SAFETY: the words are available, and the operand was checked.
-                unsafe { pack(words, &a, top + i * ROWS, stretch, block, ROWS) };
+                unsafe { pack(words, &a, line, stretch, block, ROWS) };
             });
-            let (left, add) = (&*left, add || first > 0);
-            let tasks = (0..across * rows.div_ceil(high)).into_par_iter();
-            tasks.for_each_init(
-                || Room::of(width / COLS * wide_room),
-                |room, task| {
-                    let (from, row) = (task % across * width, task / across * high);
-                    let cols = width.min(n - from);
-                    let panels = &mut room.words()[..cols.div_ceil(COLS) * wide_room];
+            let left = &*left;
+            let task = |room: &mut Room, task: usize| {
+                let (from, row) = (task % across * width, task / across * high);
+                let cols = width.min(n - from);
+                let panels = &mut room.words()[..cols.div_ceil(COLS) * wide_room];
+                // This task's part of C stays in the second cache from stretch to stretch.
+                for (&stretch, left) in stretches.iter().zip(left.chunks_exact(blocks * high_room))
+                {
+                    let [high_packed, wide_packed] =
+                        [ROWS, COLS].map(|width| words.room(width, words.holding(stretch.length)));
                     for (j, panel) in panels.chunks_exact_mut(wide_room).enumerate() {
                         // SAFETY: as above.
                         unsafe { pack_panel(words, &b, from + j * COLS, stretch, panel) };
@@ -116,21 +121,25 @@ pub(super) fn product(
                     for (i, block) in mine.enumerate().take(high.min(rows - row).div_ceil(ROWS)) {
                         for (j, panel) in panels.chunks_exact(wide_room).enumerate() {
                             let (row, col) = (top + row + i * ROWS, from + j * COLS);
+                            let start = stretch.first == 0;
                             let tile = Tile {
                                 at: out.at(row * stride + col),
                                 stride,
                                 rows: ROWS.min(m - row),
                                 cols: COLS.min(n - col),
-                                bias: bias.filter(|_| first == 0).map(|bias| &bias[col..]),
+                                bias: bias.filter(|_| start).map(|bias| &bias[col..]),
                                 scale,
-                                add,
+                                add: add || !start,
                             };
+                            let (block, panel) = (&block[..high_packed], &panel[..wide_packed]);
                             // SAFETY: the tile is inside C, and no other task has it.
                             unsafe { multiply(words, block, panel, &tile) };
                         }
                     }
-                },
-            );
+                }
+            };
+            let tasks = (0..across * rows.div_ceil(high)).into_par_iter();
+            tasks.for_each_init(|| Room::of(width / COLS * wide_room), task);
         }
     }
 }

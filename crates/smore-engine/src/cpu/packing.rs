@@ -105,6 +105,13 @@ pub(super) struct Stretch {
     pub(super) length: usize,
 }
 
+impl Stretch {
+    /// A depth in pieces of at most `most` elements.
+    pub(super) fn of(depth: usize, most: usize) -> impl Iterator<Item = Self> {
+        (0..depth).step_by(most).map(move |first| Self { first, length: most.min(depth - first) })
+    }
+}
+
 pub(super) fn mask(n: usize) -> __mmask16 {
     ((1u32 << n.min(LANES)) - 1) as __mmask16
 }
