@@ -34,8 +34,8 @@ pub use loss::logit_rows;
 pub use simd::{dispatch, dot, simd};
 
 use crate::{
-    AdamW, AttentionShape, CrossEntropy, Device, Dropout, Float, GateActivation, HostMatrix, Mat,
-    MatMut, MatrixRef, RmsNorm, View, ViewMut,
+    AdamW, AttentionShape, CrossEntropy, Device, Dropout, Dtype, Float, GateActivation, HostMatrix,
+    Mat, MatMut, MatrixRef, RmsNorm, View, ViewMut,
 };
 use std::marker::PhantomData;
 
@@ -69,19 +69,26 @@ pub fn keep_freed_memory() {
 }
 
 impl Cpu<f32> {
-    /// As [`Cpu::new`], but what waits for the backward pass is kept in bf16, and factors of products
-    /// are rounded to bf16, with sums in f32, where this processor multiplies those faster. Products
-    /// with few tokens stay in f32 all the same.
+    /// As [`Cpu::new`], but what waits for the backward pass is kept in bf16, and products have factors
+    /// of 16 bits where this processor multiplies those faster ([`Cpu::factors`]). Products with few
+    /// tokens stay in f32 all the same.
     pub fn mixed() -> Self {
         Self { mixed: true, numbers: PhantomData }
     }
 
-    /// Whether products are in bf16 here.
-    pub fn rounds_factors(self) -> bool {
+    /// What factors of products are rounded to here. Sums of those in bf16 are in f32. Those in f16 are
+    /// scaled by powers of two, one for each line of an operand, so that f16's range suffices; up to 32
+    /// products are summed in f16, and such sums in f32.
+    pub fn factors(self) -> Dtype {
         #[cfg(target_arch = "x86_64")]
-        return self.mixed && packed::faster_than_wide().is_some();
-        #[cfg(not(target_arch = "x86_64"))]
-        return false;
+        if self.mixed {
+            return match packed::faster_than_wide() {
+                Some(packing::Words::Pairs) => Dtype::Bf16,
+                Some(packing::Words::Halves) => Dtype::F16,
+                Some(packing::Words::Wide) | None => Dtype::F32,
+            };
+        }
+        Dtype::F32
     }
 }
 

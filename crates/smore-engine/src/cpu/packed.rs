@@ -473,7 +473,9 @@ mod tests {
         let numbers = |n, seed| {
             let mut numbers = numbers(n, seed);
             if words == Words::Halves {
-                numbers.iter_mut().for_each(|x| *x = (*x * 4.0).round() / 4.0);
+                for x in &mut numbers {
+                    *x = (*x * 4.0).round() / 4.0;
+                }
             }
             numbers
         };

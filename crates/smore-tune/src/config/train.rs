@@ -76,9 +76,9 @@ pub struct TrainConfig {
     /// Put samples of like length into one batch.
     pub group_by_length: bool,
     /// Round frozen weights to bf16 and keep them so: half the memory of f32. Weights stored as
-    /// bf16 or f16 are kept as they are where this is false. Adapters and all sums are always f32;
-    /// what a step keeps for its backward pass is rounded to bf16, and factors of its products are
-    /// where the processor multiplies those faster.
+    /// bf16 or f16 are kept as they are where this is false. Adapters are always f32; what a step keeps
+    /// for its backward pass is rounded to bf16, and factors of its products to bf16 or f16 where the
+    /// processor multiplies those faster.
     pub bf16: bool,
     /// Keep only each block's input and compute the block again in the backward sweep: less memory
     /// for about a third more time. Results are the same to the bit.

@@ -6,6 +6,7 @@ use crate::config::AdapterConfig;
 use crate::memory;
 use crate::model::training_device;
 use crate::plan::Demand;
+use smore_engine::Dtype;
 use std::path::Path;
 
 const MIB: f64 = (1 << 20) as f64;
@@ -69,8 +70,11 @@ fn processor(examined: &mut Examined, bf16: bool) {
     }
     match vector_unit() {
         Some(unit) => {
-            let rounded = training_device(bf16).rounds_factors();
-            let products = if rounded { ", products in bf16 with sums in f32" } else { "" };
+            let products = match training_device(bf16).factors() {
+                Dtype::F32 => "",
+                Dtype::Bf16 => ", products in bf16 with sums in f32",
+                Dtype::F16 => ", products in f16 with sums of 32 in f16 and longer ones in f32",
+            };
             examined.good(Area::Machine, format!("{threads} threads, {unit}{products}"));
         }
         None => examined.warn(
