@@ -12,7 +12,9 @@ use std::sync::LazyLock;
 use rayon::prelude::*;
 
 use super::gemm::StridedMut;
-use super::packing::{LANES, Operand, Stretch, Words, mask, pack_halves, pack_pairs, pack_wide};
+use super::packing::{
+    LANES, Operand, Powers, Stretch, Words, largest, mask, pack_halves, pack_pairs, pack_wide,
+};
 
 /// Rows and columns of the tile whose sums stay in registers: 24 of 32.
 const ROWS: usize = 12;
@@ -21,6 +23,8 @@ const COLS: usize = 2 * LANES;
 const DEPTH: usize = 512;
 /// Columns that a task packs: [DEPTH, WIDTH] words fit in the second cache.
 const WIDTH: usize = 128;
+/// Steps of depth, a page each at worst, that the panels of a task read one after the other.
+const NEAR: usize = 32;
 /// Words of the left operand that are packed at a time.
 const LEFT: usize = 1 << 19;
 /// Tasks of a thread, so that one whose core is busy with other things leaves some to the others.
@@ -85,7 +89,8 @@ pub(super) fn product(
     let [high_room, wide_room] = [ROWS, COLS].map(|width| words.room(width, words_deep));
     let rows_at_once = (LEFT / words_deep).next_multiple_of(ROWS).min(m);
     let blocks_at_once = rows_at_once.div_ceil(ROWS);
-    let stretches: Vec<Stretch> = Stretch::of(depth, DEPTH * words.elements()).collect();
+    let all = Stretch { first: 0, length: depth };
+    let stretches: Vec<Stretch> = all.pieces(DEPTH * words.elements()).collect();
     let stretches_at_once = (LEFT / (rows_at_once * words_deep)).clamp(1, stretches.len().max(1));
     let mut left = Room::of(stretches_at_once * blocks_at_once * high_room);
     let width = n.div_ceil(threads).next_multiple_of(COLS).min(WIDTH);
@@ -101,7 +106,7 @@ pub(super) fn product(
             left.par_chunks_mut(high_room).enumerate().for_each(|(i, block)| {
                 let (stretch, line) = (stretches[i / blocks], top + i % blocks * ROWS);
                 // SAFETY: the words are available, and the operand was checked.
-                unsafe { pack(words, &a, line, stretch, block, ROWS) };
+                unsafe { pack(words, &a, line, stretch, block) };
             });
             let left = &*left;
             let task = |room: &mut Room, task: usize| {
@@ -113,10 +118,8 @@ pub(super) fn product(
                 {
                     let [high_packed, wide_packed] =
                         [ROWS, COLS].map(|width| words.room(width, words.holding(stretch.length)));
-                    for (j, panel) in panels.chunks_exact_mut(wide_room).enumerate() {
-                        // SAFETY: as above.
-                        unsafe { pack_panel(words, &b, from + j * COLS, stretch, panel) };
-                    }
+                    // SAFETY: as above.
+                    unsafe { pack_panels(words, &b, from, stretch, panels, wide_room) };
                     let mine = left.chunks_exact(high_room).skip(row / ROWS);
                     for (i, block) in mine.enumerate().take(high.min(rows - row).div_ceil(ROWS)) {
                         for (j, panel) in panels.chunks_exact(wide_room).enumerate() {
@@ -154,21 +157,81 @@ fn check(words: Words, a: &Operand, b: &Operand, c: &StridedMut<f32>) {
 
 /// # Safety
 /// The words are available and the operand checked.
-unsafe fn pack(
+unsafe fn pack(words: Words, from: &Operand, line: usize, stretch: Stretch, block: &mut [u32]) {
+    let mut powers = Powers::ONE;
+    if words == Words::Halves {
+        let mut tops = [0; LANES];
+        // SAFETY: as promised by the caller.
+        unsafe { largest(from, line, stretch, ROWS, &mut tops) };
+        powers = Powers::of(&tops);
+        let steps = words.holding(stretch.length);
+        block[steps * ROWS..][..ROWS].copy_from_slice(&powers.undone[..ROWS]);
+    }
+    // SAFETY: as promised by the caller.
+    unsafe { pack_lines(words, from, line, stretch, block, ROWS, &powers) };
+}
+
+/// Panels that follow each other, `room` words each. Where steps of depth are far apart, in pages of their
+/// own, all panels take theirs from a few steps before the next few.
+///
+/// # Safety
+/// As [`pack`].
+unsafe fn pack_panels(
+    words: Words,
+    b: &Operand,
+    line: usize,
+    stretch: Stretch,
+    panels: &mut [u32],
+    room: usize,
+) {
+    let most = if b.across() { NEAR } else { stretch.length.max(1) };
+    let halves = panels.len() / room * 2;
+    let mut powers = [Powers::ONE; WIDTH / LANES];
+    if words == Words::Halves {
+        let mut tops = [[0; LANES]; WIDTH / LANES];
+        for piece in stretch.pieces(most) {
+            for (half, tops) in tops.iter_mut().enumerate().take(halves) {
+                // SAFETY: as promised by the caller.
+                unsafe { largest(b, line + half * LANES, piece, LANES, tops) };
+            }
+        }
+        powers = tops.map(|tops| Powers::of(&tops));
+    }
+    let at = |half: usize, steps: usize| half / 2 * room + half % 2 * LANES + steps * COLS;
+    for piece in stretch.pieces(most) {
+        let steps = words.holding(piece.first - stretch.first);
+        for (half, powers) in powers.iter().enumerate().take(halves) {
+            let (line, to) = (line + half * LANES, &mut panels[at(half, steps)..]);
+            // SAFETY: as promised by the caller.
+            unsafe { pack_lines(words, b, line, piece, to, COLS, powers) };
+        }
+    }
+    if words == Words::Halves {
+        for (half, powers) in powers.iter().enumerate().take(halves) {
+            let undone = at(half, words.holding(stretch.length));
+            panels[undone..][..LANES].copy_from_slice(&powers.undone);
+        }
+    }
+}
+
+/// # Safety
+/// As [`pack`].
+unsafe fn pack_lines(
     words: Words,
     from: &Operand,
     line: usize,
     stretch: Stretch,
     to: &mut [u32],
     width: usize,
+    powers: &Powers,
 ) {
     let lanes = width.min(LANES);
     // SAFETY: as promised by the caller.
     unsafe {
         match words {
-            Words::Wide => pack_wide(from, line, stretch, to, width, lanes),
-            Words::Pairs => pack_pairs(from, line, stretch, to, width, lanes),
-            Words::Halves => pack_halves(from, line, stretch, to, width, lanes),
+            Words::Wide => pack_wide(from, line, stretch, to, width, lanes, powers),
+            Words::Pairs => pack_pairs(from, line, stretch, to, width, lanes, powers),
+            Words::Halves => pack_halves(from, line, stretch, to, width, lanes, powers),
         }
     }
 }
@@ -192,11 +255,11 @@ pub(super) fn product_here(
     let (left, right) = room.words().split_at_mut(left);
     for (i, block) in left.chunks_exact_mut(high_room).enumerate() {
         // SAFETY: the words are available, and the operand was checked.
-        unsafe { pack(words, &a, i * ROWS, stretch, block, ROWS) };
+        unsafe { pack(words, &a, i * ROWS, stretch, block) };
     }
     for (j, panel) in right.chunks_exact_mut(wide_room).enumerate() {
         // SAFETY: as above.
-        unsafe { pack_panel(words, &b, j * COLS, stretch, panel) };
+        unsafe { pack_panels(words, &b, j * COLS, stretch, panel, wide_room) };
         for (i, block) in left.chunks_exact(high_room).enumerate() {
             let (row, col) = (i * ROWS, j * COLS);
             let at = out.wrapping_add(row * stride + col);
@@ -205,16 +268,6 @@ pub(super) fn product_here(
             // SAFETY: the tile is inside C.
             unsafe { multiply(words, block, panel, &tile) };
         }
-    }
-}
-
-/// # Safety
-/// As [`pack`].
-unsafe fn pack_panel(words: Words, b: &Operand, line: usize, stretch: Stretch, panel: &mut [u32]) {
-    for half in 0..2 {
-        let to = &mut panel[half * LANES..];
-        // SAFETY: as promised by the caller.
-        unsafe { pack(words, b, line + half * LANES, stretch, to, COLS) };
     }
 }
 
@@ -372,7 +425,7 @@ unsafe fn halves(a: &[u32], b: &[u32], c: &Tile) {
         for half in 0..2 {
             // SAFETY: both halves are inside.
             let b = unsafe { _mm512_loadu_ps(b_powers[half * LANES..].as_ptr().cast()) };
-            totals[r][half] = _mm512_mul_ps(_mm512_mul_ps(totals[r][half], a), b);
+            totals[r][half] = _mm512_mul_ps(totals[r][half], _mm512_mul_ps(a, b));
         }
     }
     // SAFETY: as promised by the caller.

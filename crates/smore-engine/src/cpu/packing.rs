@@ -78,6 +78,11 @@ impl<'a> Operand<'a> {
         Self { lines, depth, strides, ..self }
     }
 
+    /// Whether steps of depth stand further apart than lines.
+    pub(super) fn across(&self) -> bool {
+        self.strides.1 != 1
+    }
+
     /// Whether words of this kind can be made of the elements.
     pub(super) fn fits(&self, words: Words) -> bool {
         words != Words::Pairs || self.dtype != Dtype::F16
@@ -106,9 +111,12 @@ pub(super) struct Stretch {
 }
 
 impl Stretch {
-    /// A depth in pieces of at most `most` elements.
-    pub(super) fn of(depth: usize, most: usize) -> impl Iterator<Item = Self> {
-        (0..depth).step_by(most).map(move |first| Self { first, length: most.min(depth - first) })
+    /// In pieces of at most `most` elements.
+    pub(super) fn pieces(self, most: usize) -> impl Iterator<Item = Self> {
+        let end = self.first + self.length;
+        (self.first..end)
+            .step_by(most)
+            .map(move |first| Self { first, length: most.min(end - first) })
     }
 }
 
@@ -117,41 +125,28 @@ pub(super) fn mask(n: usize) -> __mmask16 {
 }
 
 /// The powers of two of 16 lines.
-struct Powers {
+#[derive(Clone, Copy)]
+pub(super) struct Powers {
     /// Exponents as f32 writes them, 127 for 1.
     exponents: [u32; LANES],
-    /// Lines that hold an infinity or NaN: their products are NaN.
-    spoilt: __mmask16,
+    /// Bits of what undoes them; NaN for a line that holds an infinity or NaN.
+    pub(super) undone: [u32; LANES],
 }
 
 impl Powers {
+    pub(super) const ONE: Self = Self { exponents: [127; LANES], undone: [127 << 23; LANES] };
+
     /// Of lines whose largest magnitudes have these bits, in f32.
-    #[target_feature(enable = "avx512f")]
-    fn of(largest: __m512i) -> Self {
-        let exponents = _mm512_srli_epi32::<23>(largest);
-        let spoilt = _mm512_cmpeq_epi32_mask(exponents, _mm512_set1_epi32(0xff));
+    pub(super) fn of(largest: &[u32; LANES]) -> Self {
         // 2^(3 - (e - 127)), at most 2^111: what is below 2^-108 ends nearer to 0.
-        let power = _mm512_sub_epi32(_mm512_set1_epi32(127 + 127 + 3), exponents);
-        let mut lines = Self { exponents: [0; LANES], spoilt };
-        let power = _mm512_min_epi32(power, _mm512_set1_epi32(127 + 111));
-        // SAFETY: 16 words.
-        unsafe { _mm512_storeu_si512(lines.exponents.as_mut_ptr().cast(), power) };
-        lines
-    }
-
-    /// All lines' in one register, a line a word.
-    #[target_feature(enable = "avx512f")]
-    fn all(&self) -> __m512i {
-        // SAFETY: 16 words.
-        unsafe { _mm512_loadu_si512(self.exponents.as_ptr().cast()) }
-    }
-
-    /// What undoes them.
-    #[target_feature(enable = "avx512f")]
-    fn undone(&self) -> __m512i {
-        let inverse = _mm512_sub_epi32(_mm512_set1_epi32(2 * 127), self.all());
-        let nan = _mm512_set1_epi32(f32::NAN.to_bits().cast_signed());
-        _mm512_mask_mov_epi32(_mm512_slli_epi32::<23>(inverse), self.spoilt, nan)
+        let exponents = largest.map(|bits| (127 + 127 + 3 - (bits >> 23)).min(127 + 111));
+        let mut undone = exponents.map(|power| (2 * 127 - power) << 23);
+        for (undone, bits) in undone.iter_mut().zip(largest) {
+            if bits >> 23 == 0xff {
+                *undone = f32::NAN.to_bits();
+            }
+        }
+        Self { exponents, undone }
     }
 }
 
@@ -171,25 +166,17 @@ macro_rules! pack {
             to: &mut [u32],
             width: usize,
             lanes: usize,
+            powers: &Powers,
         ) {
             let Stretch { first, length } = stretch;
             let lines = lanes.min(from.lines.saturating_sub(line));
             let (seen, written) = (mask(lines), mask(lanes));
             let elements = $words.elements();
-            let room = $words.room(width, $words.holding(length));
-            assert!(to.len() + width >= room + lanes, "room to pack in");
+            assert!(to.len() + width >= $words.holding(length) * width + lanes, "room to pack in");
             let mut to = to.as_mut_ptr();
-            let mut exponents = [0; LANES];
-            let mut all = _mm512_setzero_si512();
-            if $words == Words::Halves {
-                // SAFETY: as promised by the caller.
-                let powers = unsafe { powers(from, line, stretch, lines) };
-                let undone = to.wrapping_add($words.holding(length) * width);
-                // SAFETY: there is room, as asserted.
-                unsafe { _mm512_mask_storeu_epi32(undone.cast(), written, powers.undone()) };
-                all = powers.all();
-                exponents = powers.exponents;
-            }
+            let exponents = &powers.exponents;
+            // SAFETY: 16 words.
+            let all = unsafe { _mm512_loadu_si512(exponents.as_ptr().cast()) };
             if from.strides.1 == 1 {
                 let row = from.strides.0 * from.dtype.bytes();
                 for k in (0..length).step_by(LANES * elements) {
@@ -241,20 +228,27 @@ pack!(pack_wide, "avx512f,avx512bw,avx512vl", Words::Wide, along_wide, across_wi
 pack!(pack_pairs, "avx512f,avx512bw,avx512vl,avx512bf16", Words::Pairs, along_pairs, across_pairs);
 pack!(pack_halves, "avx512f,avx512bw,avx512vl", Words::Halves, along_halves, across_halves);
 
-/// The powers of two of 16 lines' stretch.
+/// Raises `tops`, bits of magnitudes in f32, to the largest of at most 16 lines' stretch.
 ///
 /// # Safety
 /// As for packing.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn powers(from: &Operand, line: usize, stretch: Stretch, lines: usize) -> Powers {
+pub(super) unsafe fn largest(
+    from: &Operand,
+    line: usize,
+    stretch: Stretch,
+    lanes: usize,
+    tops: &mut [u32; LANES],
+) {
     let Stretch { first, length } = stretch;
+    let lines = lanes.min(from.lines.saturating_sub(line));
     let wide = from.dtype == Dtype::F32;
     let magnitude = _mm512_set1_epi32(if wide { 0x7fff_ffff } else { 0x7fff_7fff });
-    let mut largest = [0u32; LANES];
+    // A magnitude's bits rise with it in every type.
+    let mut found = [0u32; LANES];
     if from.strides.1 == 1 {
-        // A magnitude's bits rise with it in every type.
         let step = if wide { LANES } else { 2 * LANES };
-        for (r, largest) in largest.iter_mut().enumerate().take(lines) {
+        for (r, found) in found.iter_mut().enumerate().take(lines) {
             let mut top = _mm512_setzero_si512();
             for k in (0..length).step_by(step) {
                 let (at, left) = (from.at(line + r, first + k), (length - k).min(step));
@@ -273,7 +267,7 @@ unsafe fn powers(from: &Operand, line: usize, stretch: Stretch, lines: usize) ->
                 let low = _mm512_and_si512(top, _mm512_set1_epi32(0xffff));
                 top = _mm512_max_epu32(_mm512_srli_epi32::<16>(top), low);
             }
-            *largest = _mm512_reduce_max_epu32(top);
+            *found = _mm512_reduce_max_epu32(top);
         }
     } else {
         let row = from.strides.1 * from.dtype.bytes();
@@ -292,15 +286,15 @@ unsafe fn powers(from: &Operand, line: usize, stretch: Stretch, lines: usize) ->
             top = _mm512_max_epu32(top, _mm512_and_si512(x, magnitude));
         }
         // SAFETY: 16 words.
-        unsafe { _mm512_storeu_si512(largest.as_mut_ptr().cast(), top) };
+        unsafe { _mm512_storeu_si512(found.as_mut_ptr().cast(), top) };
     }
-    // SAFETY: 16 words.
-    let largest = unsafe { _mm512_loadu_si512(largest.as_ptr().cast()) };
-    Powers::of(match from.dtype {
-        Dtype::F32 => largest,
-        Dtype::Bf16 => _mm512_slli_epi32::<16>(largest),
-        Dtype::F16 => _mm512_castps_si512(_mm512_cvtph_ps(_mm512_cvtepi32_epi16(largest))),
-    })
+    for (top, found) in tops.iter_mut().zip(found) {
+        *top = (*top).max(match from.dtype {
+            Dtype::F32 => found,
+            Dtype::Bf16 => found << 16,
+            Dtype::F16 => half::f16::from_bits(found as u16).to_f32().to_bits(),
+        });
+    }
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]

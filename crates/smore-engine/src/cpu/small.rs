@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use super::gemm::{Strided, StridedMut};
 use super::packed::{Room, available};
-use super::packing::{LANES, Operand, Stretch, Words, mask, pack_wide};
+use super::packing::{LANES, Operand, Powers, Stretch, Words, mask, pack_wide};
 
 /// Columns at a time: four registers of sums for each row.
 const WIDE: usize = 4 * LANES;
@@ -49,7 +49,9 @@ pub(super) fn product(alpha: f32, a: Strided<f32>, b: Strided<f32>, beta: f32, c
         for line in (0..if depth > 0 { n } else { 0 }).step_by(LANES) {
             // SAFETY: the processor has the instructions, `b` was checked, and there is room for
             // every line.
-            unsafe { pack_wide(&lines, line, stretch, &mut words[line..], padded, LANES) };
+            unsafe {
+                pack_wide(&lines, line, stretch, &mut words[line..], padded, LANES, &Powers::ONE);
+            }
         }
         (words.as_ptr().cast::<f32>(), padded)
     };
