@@ -34,19 +34,19 @@ fn apart(a: &[f32], b: &[f32]) -> f64 {
 }
 
 /// As far apart as two roundings to 8 bits are, about 2^-9 each and never the same, or as one of a sum
-/// to 11 bits now and then; or not at all.
-fn rounded(name: &str, a: &[f32], b: &[f32]) {
+/// to 11 bits now and then; or not at all, as what is small is in f16's place.
+fn rounded(name: &str, small: bool, a: &[f32], b: &[f32]) {
     let far = apart(a, b);
     match Cpu::mixed().factors() {
         Dtype::Bf16 => assert!(far > 1e-4 && far < 6e-3, "{name}: {far}"),
-        Dtype::F16 => assert!(far > 1e-4 && far < 1.5e-3, "{name}: {far}"),
-        Dtype::F32 => assert!(a == b, "{name}: {far}"),
+        Dtype::F16 if !small => assert!(far > 1e-4 && far < 1.5e-3, "{name}: {far}"),
+        Dtype::F16 | Dtype::F32 => assert!(a == b, "{name}: {far}"),
     }
 }
 
 /// Forward and backward of one operation, on one device.
 fn everything(device: Cpu<f32>) -> Vec<(&'static str, Vec<f32>)> {
-    let (n, d_in, d_out) = (70, 96, 130);
+    let (n, d_in, d_out) = (140, 160, 130);
     let w = HostMatrix::from_f32(d_out, d_in, &numbers(d_out * d_in, 1)).to_bf16();
     let (x, dy) = (numbers(n * d_in, 2), numbers(n * d_out, 3));
     let (mut y, mut dx) = (vec![0.0; n * d_out], vec![0.0; n * d_in]);
@@ -85,16 +85,16 @@ fn everything(device: Cpu<f32>) -> Vec<(&'static str, Vec<f32>)> {
 #[test]
 fn factors_are_rounded_and_sums_are_not() {
     for ((name, mixed), (_, exact)) in everything(Cpu::mixed()).iter().zip(everything(Cpu::new())) {
-        rounded(name, mixed, &exact);
+        rounded(name, !["y", "dx", "dw"].contains(name), mixed, &exact);
     }
 }
 
 /// A sum of 4,001 ones is exact; in bf16 it would stop at 256, in f16 at 2,048.
 #[test]
 fn sums_are_kept_in_f32() {
-    let (n, d) = (64, 4001);
-    let w = HostMatrix::from_f32(64, d, &vec![1.0; 64 * d]).to_bf16();
-    let (x, mut y) = (vec![1.0; n * d], vec![0.0; n * 64]);
+    let (n, d) = (128, 4001);
+    let w = HostMatrix::from_f32(n, d, &vec![1.0; n * d]).to_bf16();
+    let (x, mut y) = (vec![1.0; n * d], vec![0.0; n * n]);
     Cpu::mixed().linear(v(&x), MatrixRef::Frozen(&w), None, m(&mut y), n, false);
     assert!(y.iter().all(|&y| y == 4001.0));
 }

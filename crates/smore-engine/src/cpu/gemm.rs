@@ -175,7 +175,8 @@ fn slim<'a, T: Float>(
     if !mixed || (beta != T::ZERO && beta != T::ONE) {
         return None;
     }
-    let words = packed::faster_than_wide()?;
+    let least = a.rows.min(a.cols).min(b.cols);
+    let words = packed::faster_than_wide().filter(|words| least >= words.from())?;
     Some((words, Operand::rows_of(a.cast()?)?, Operand::rows_of(b.t().cast()?)?))
 }
 

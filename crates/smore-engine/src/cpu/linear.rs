@@ -84,7 +84,9 @@ impl<T: Float> Cpu<T> {
         if size_of::<T>() != size_of::<f32>() {
             return None;
         }
-        let slim = packed::faster_than_wide().filter(|_| self.mixed);
+        let (rows, cols) = shape(w);
+        let least = rows.min(cols).min(n);
+        let slim = packed::faster_than_wide().filter(|words| self.mixed && least >= words.from());
         let (words, rows) = match *w {
             MatrixRef::Frozen(host) => {
                 (slim.filter(|_| host.dtype == Dtype::Bf16), Operand::rows_of_weight(host))

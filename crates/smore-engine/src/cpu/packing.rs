@@ -33,6 +33,12 @@ impl Words {
         }
     }
 
+    /// The fewest rows, columns and steps of depth from which products in them are the faster ones:
+    /// scaling lines takes a second look at every element.
+    pub(super) fn from(self) -> usize {
+        if self == Self::Halves { 128 } else { 0 }
+    }
+
     /// Words that hold so many elements.
     pub(super) fn holding(self, elements: usize) -> usize {
         elements.div_ceil(self.elements())
