@@ -22,8 +22,8 @@ const ADAPTERS: [&str; 3] = [
 /// Losses and gradients of one step.
 fn step(adapter: &str, bf16: bool, again: bool, threads: usize) -> (Vec<f64>, Vec<f32>) {
     let json = serde_json::json!({
-        "model_type": "llama", "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 71,
+        "model_type": "llama", "hidden_size": 128, "intermediate_size": 160, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 71,
         "tie_word_embeddings": true, "initializer_range": 0.1
     });
     let spec = DecoderSpec::from_json(&json).unwrap();
