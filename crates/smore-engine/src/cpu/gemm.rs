@@ -175,8 +175,7 @@ fn slim<'a, T: Float>(
     if !mixed || (beta != T::ZERO && beta != T::ONE) {
         return None;
     }
-    let least = a.rows.min(a.cols).min(b.cols);
-    let words = packed::faster_than_wide().filter(|words| least >= words.from())?;
+    let words = packed::faster_from(a.rows.min(a.cols).min(b.cols))?;
     Some((words, Operand::rows_of(a.cast()?)?, Operand::rows_of(b.t().cast()?)?))
 }
 

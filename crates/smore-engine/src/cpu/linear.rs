@@ -86,13 +86,13 @@ impl<T: Float> Cpu<T> {
         }
         let (rows, cols) = shape(w);
         let least = rows.min(cols).min(n);
-        let slim = packed::faster_than_wide().filter(|words| self.mixed && least >= words.from());
+        let slim = packed::faster_from(least).filter(|_| self.mixed);
         let (words, rows) = match *w {
             MatrixRef::Frozen(host) => {
                 (slim.filter(|_| host.dtype == Dtype::Bf16), Operand::rows_of_weight(host))
             }
             MatrixRef::Trained(view, rows, cols) => {
-                if rows.min(cols).min(n) < SLIM {
+                if least < SLIM {
                     return None;
                 }
                 let w = Strided::new(Cpu::slice(view), rows, cols).cast()?;

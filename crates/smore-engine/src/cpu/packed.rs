@@ -63,6 +63,12 @@ pub(super) fn faster_than_wide() -> Option<Words> {
     *FASTER
 }
 
+/// The same for products with so many rows, columns and steps of depth at least: in f16 scaling lines
+/// takes a second look at every element, which small ones do not repay.
+pub(super) fn faster_from(least: usize) -> Option<Words> {
+    faster_than_wide().filter(|&words| words != Words::Halves || least >= 128)
+}
+
 /// C = scale A B + bias, + C where `add`.
 ///
 /// # Shapes

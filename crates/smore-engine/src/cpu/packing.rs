@@ -33,12 +33,6 @@ impl Words {
         }
     }
 
-    /// The fewest rows, columns and steps of depth from which products in them are the faster ones:
-    /// scaling lines takes a second look at every element.
-    pub(super) fn from(self) -> usize {
-        if self == Self::Halves { 128 } else { 0 }
-    }
-
     /// Words that hold so many elements.
     pub(super) fn holding(self, elements: usize) -> usize {
         elements.div_ceil(self.elements())
@@ -183,7 +177,7 @@ macro_rules! pack {
             let exponents = &powers.exponents;
             // SAFETY: 16 words.
             let all = unsafe { _mm512_loadu_si512(exponents.as_ptr().cast()) };
-            if from.strides.1 == 1 {
+            if !from.across() {
                 let row = from.strides.0 * from.dtype.bytes();
                 for k in (0..length).step_by(LANES * elements) {
                     let length = (length - k).min(LANES * elements);
@@ -252,7 +246,7 @@ pub(super) unsafe fn largest(
     let magnitude = _mm512_set1_epi32(if wide { 0x7fff_ffff } else { 0x7fff_7fff });
     // A magnitude's bits rise with it in every type.
     let mut found = [0u32; LANES];
-    if from.strides.1 == 1 {
+    if !from.across() {
         let step = if wide { LANES } else { 2 * LANES };
         for (r, found) in found.iter_mut().enumerate().take(lines) {
             let mut top = _mm512_setzero_si512();
@@ -367,16 +361,16 @@ unsafe fn across_pairs(
 ) -> __m512i {
     // SAFETY: as promised by the caller.
     unsafe {
-        let upper = halves(dtype, at, seen);
+        let upper = low_bf16(dtype, at, seen);
         let Some(below) = below else { return upper };
-        _mm512_or_si512(upper, _mm512_slli_epi32::<16>(halves(dtype, below, seen)))
+        _mm512_or_si512(upper, _mm512_slli_epi32::<16>(low_bf16(dtype, below, seen)))
     }
 }
 
 /// 16 elements in bf16, each in the low half of a word.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
 #[inline]
-unsafe fn halves(dtype: Dtype, at: *const u8, seen: __mmask16) -> __m512i {
+unsafe fn low_bf16(dtype: Dtype, at: *const u8, seen: __mmask16) -> __m512i {
     // SAFETY: as promised by the caller; a register is a register.
     let halves = unsafe {
         match dtype {
