@@ -246,7 +246,7 @@ pub(super) unsafe fn largest(
     let magnitude = _mm512_set1_epi32(if wide { 0x7fff_ffff } else { 0x7fff_7fff });
     // A magnitude's bits rise with it in every type.
     let mut found = [0u32; LANES];
-    if !from.across() {
+    if from.strides.1 == 1 {
         let step = if wide { LANES } else { 2 * LANES };
         for (r, found) in found.iter_mut().enumerate().take(lines) {
             let mut top = _mm512_setzero_si512();
