@@ -77,7 +77,7 @@ impl Cpu<f32> {
     }
 
     /// What factors of products are rounded to here. Sums of those in bf16 are in f32. Those in f16 are
-    /// scaled by powers of two, one for each line of an operand, so that f16's range suffices; up to 32
+    /// scaled by powers of two, one for each line of an operand, so that f16's range suffices; up to 64
     /// products are summed in f16, and such sums in f32; attention's and other small products stay in f32.
     pub fn factors(self) -> Dtype {
         #[cfg(target_arch = "x86_64")]

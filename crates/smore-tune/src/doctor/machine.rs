@@ -73,7 +73,7 @@ fn processor(examined: &mut Examined, bf16: bool) {
             let products = match training_device(bf16).factors() {
                 Dtype::F32 => "",
                 Dtype::Bf16 => ", products in bf16 with sums in f32",
-                Dtype::F16 => ", products in f16 with sums of 32 in f16 and longer ones in f32",
+                Dtype::F16 => ", products in f16 with sums of 64 in f16 and longer ones in f32",
             };
             examined.good(Area::Machine, format!("{threads} threads, {unit}{products}"));
         }
