@@ -248,10 +248,13 @@ pub(super) unsafe fn largest(
     let mut found = [0u32; LANES];
     if from.strides.1 == 1 {
         let step = if wide { LANES } else { 2 * LANES };
+        let row = from.strides.0 * from.dtype.bytes();
         for (r, found) in found.iter_mut().enumerate().take(lines) {
             let mut top = _mm512_setzero_si512();
             for k in (0..length).step_by(step) {
                 let (at, left) = (from.at(line + r, first + k), (length - k).min(step));
+                // The next line, at the same place: a line is often a page, where nothing is foreseen.
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(row).cast());
                 // SAFETY: the elements are inside the line.
                 top = unsafe {
                     if wide {
