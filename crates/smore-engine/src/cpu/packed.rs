@@ -25,7 +25,8 @@ const DEPTH: usize = 512;
 const WIDTH: usize = 128;
 /// Steps of depth, a page each at worst, that the panels of a task read one after the other.
 const NEAR: usize = 32;
-/// Words of the left operand that are packed at a time.
+/// Words of the left operand that are packed at a time; up to half of one that is taken in several parts
+/// of its rows, so that a task passes through more of its depth before it leaves its part of C.
 const LEFT: usize = 1 << 19;
 /// Tasks of a thread, so that one whose core is busy with other things leaves some to the others.
 const TASKS: usize = 4;
@@ -97,7 +98,8 @@ pub(super) fn product(
     let blocks_at_once = rows_at_once.div_ceil(ROWS);
     let all = Stretch { first: 0, length: depth };
     let stretches: Vec<Stretch> = all.pieces(DEPTH * words.elements()).collect();
-    let stretches_at_once = (LEFT / (rows_at_once * words_deep)).clamp(1, stretches.len().max(1));
+    let most = if rows_at_once < m { LEFT.max(m * words.holding(depth) / 2) } else { LEFT };
+    let stretches_at_once = (most / (rows_at_once * words_deep)).clamp(1, stretches.len().max(1));
     let mut left = Room::of(stretches_at_once * blocks_at_once * high_room);
     let width = n.div_ceil(threads).next_multiple_of(COLS).min(WIDTH);
     let across = n.div_ceil(width);
@@ -556,8 +558,8 @@ mod tests {
             numbers
         };
         let beyond = words.elements() * DEPTH + 17;
-        let high = LEFT / DEPTH + 30;
-        let shapes = [(1, 1, 1), (13, 33, 40), (30, 2 * WIDTH + 35, beyond), (high, 35, 700)];
+        let high = LEFT / DEPTH * 2 + 30;
+        let shapes = [(1, 1, 1), (13, 33, 40), (30, 2 * WIDTH + 35, beyond), (high, 35, beyond)];
         for (m, n, depth) in shapes {
             let (a, b) = (numbers(m * depth, 1), numbers(n * depth, 2));
             let (rows, cols) = if right { (n, depth) } else { (depth, n) };
