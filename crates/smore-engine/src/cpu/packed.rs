@@ -34,9 +34,12 @@ const TASKS: usize = 4;
 const TASK_ROWS: usize = 16 * ROWS;
 
 /// Words of depth whose products are summed in f16 before the sum is added to one in f32: with 64 a
-/// product errs at most as much as one of factors in bf16 (docs/performance.md), and two such sums of
-/// magnitudes below 16 times 16 stay below f16's largest, 65504.
+/// product errs no more than one of factors in bf16 unless all its terms have one sign
+/// (docs/performance.md), and two such sums of magnitudes below 16 times 16 stay below f16's largest, 65504.
 const CHAIN: usize = 64;
+/// Steps of depth between two looks at a loop's end: where another thread works on the same core three
+/// instructions a cycle are left, and multiply-adds alone are two.
+const UNROLLED: usize = 4;
 
 /// Whether this processor has what a product of such words needs.
 pub(super) fn available(words: Words) -> bool {
@@ -357,10 +360,6 @@ struct Tile<'a> {
     scale: f32,
     add: bool,
 }
-
-/// Steps of depth between two looks at the loop's end: another core's thread that shares this core leaves
-/// room for three instructions a cycle, and the multiply-adds alone are two.
-const UNROLLED: usize = 4;
 
 /// Calls `$step(a, b)` for every step of depth, a `[ROWS]`, b the two registers of a panel's `[COLS]`.
 macro_rules! steps {
