@@ -25,8 +25,7 @@ const DEPTH: usize = 512;
 const WIDTH: usize = 128;
 /// Steps of depth, a page each at worst, that the panels of a task read one after the other.
 const NEAR: usize = 32;
-/// Words of the left operand that are packed at a time; up to half of one that is taken in several parts
-/// of its rows, so that a task passes through more of its depth before it leaves its part of C.
+/// Words of the left operand that are packed at a time.
 const LEFT: usize = 1 << 19;
 /// Tasks of a thread, so that one whose core is busy with other things leaves some to the others.
 const TASKS: usize = 4;
@@ -37,8 +36,8 @@ const TASK_ROWS: usize = 16 * ROWS;
 /// product errs no more than one of factors in bf16 unless all its terms have one sign
 /// (docs/performance.md), and two such sums of magnitudes below 16 times 16 stay below f16's largest, 65504.
 const CHAIN: usize = 64;
-/// Steps of depth between two looks at a loop's end: where another thread works on the same core three
-/// instructions a cycle are left, and multiply-adds alone are two.
+/// Steps of depth between two looks at a loop's end, which shows where another thread works on the same
+/// core and leaves half of its instructions a cycle (docs/performance.md).
 const UNROLLED: usize = 4;
 
 /// Whether this processor has what a product of such words needs.
@@ -101,8 +100,7 @@ pub(super) fn product(
     let blocks_at_once = rows_at_once.div_ceil(ROWS);
     let all = Stretch { first: 0, length: depth };
     let stretches: Vec<Stretch> = all.pieces(DEPTH * words.elements()).collect();
-    let most = if rows_at_once < m { LEFT.max(m * words.holding(depth) / 2) } else { LEFT };
-    let stretches_at_once = (most / (rows_at_once * words_deep)).clamp(1, stretches.len().max(1));
+    let stretches_at_once = (LEFT / (rows_at_once * words_deep)).clamp(1, stretches.len().max(1));
     let mut left = Room::of(stretches_at_once * blocks_at_once * high_room);
     let width = n.div_ceil(threads).next_multiple_of(COLS).min(WIDTH);
     let across = n.div_ceil(width);
