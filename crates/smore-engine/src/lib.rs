@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod device;
 pub mod float;
 pub mod matrix;
+pub mod team;
 
 pub use buffer::{Mat, MatMut, View, ViewMut};
 pub use cpu::Cpu;

@@ -1,6 +1,6 @@
 //! Frozen matrices as they lie in a file.
 
-use rayon::prelude::*;
+use crate::team;
 use std::sync::Arc;
 
 /// Storage type of a frozen matrix.
@@ -66,7 +66,7 @@ impl HostMatrix {
     pub fn to_bf16(&self) -> Self {
         let mut bytes = vec![0u8; self.rows * self.cols * 2];
         let width = self.cols.max(1);
-        bytes.par_chunks_mut(width * 2).enumerate().for_each(|(row, out)| {
+        team::each(bytes.chunks_mut(width * 2).enumerate(), |(row, out)| {
             let from = self.row_bytes(row, 1);
             let put = |out: &mut [u8; 2], x: f32| *out = half::bf16::from_f32(x).to_le_bytes();
             let out = out.as_chunks_mut::<2>().0.iter_mut();

@@ -13,9 +13,8 @@ use crate::propagate;
 use crate::router::{self, BalanceSlopes, Gate, LayerStats, noisy};
 use crate::spec::SmoreSpec;
 use crate::tree::{Removal, ResidualTree};
-use rayon::prelude::*;
 use smore_engine::cpu::chosen_rows;
-use smore_engine::{Cpu, Device, Float, View, ViewMut};
+use smore_engine::{Cpu, Device, Float, View, ViewMut, team};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -384,19 +383,15 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         let core = Core::new(spec, pass.layout, Self::slice(params));
         let (width, root) = (spec.stack_width(), spec.root_width());
         let (z, hidden) = (Self::slice(z), Self::slice_mut(hidden));
-        hidden
-            .par_chunks_mut(BLOCK * root)
-            .zip(z.par_chunks(BLOCK * width))
-            .enumerate()
-            .map(|(i, (hidden, z))| {
-                let (first, count) = (first + i * BLOCK, hidden.len() / root);
-                let block = forward_block(&core, pass, first, count, z, None);
-                hidden.copy_from_slice(&block.layers[spec.depth() - 1].hidden);
-                let valid = pass.valid.map(|v| &v[first..first + count]);
-                let stats = block_stats(&core, &block, valid);
-                RoutedTokens { tree: block.tree, stats }
-            })
-            .collect()
+        let blocks = hidden.chunks_mut(BLOCK * root).zip(z.chunks(BLOCK * width));
+        team::map(blocks.enumerate(), |(i, (hidden, z))| {
+            let (first, count) = (first + i * BLOCK, hidden.len() / root);
+            let block = forward_block(&core, pass, first, count, z, None);
+            hidden.copy_from_slice(&block.layers[spec.depth() - 1].hidden);
+            let valid = pass.valid.map(|v| &v[first..first + count]);
+            let stats = block_stats(&core, &block, valid);
+            RoutedTokens { tree: block.tree, stats }
+        })
     }
 
     fn token_forward(
@@ -457,8 +452,8 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         let mut apart = vec![T::ZERO; if core.unit_keys.is_empty() { 0 } else { grads.len() }];
         let waves = z.chunks_mut(wave * width).zip(hidden.chunks_mut(wave * root));
         for (w, (z, hidden)) in waves.enumerate() {
-            let blocks = z.par_chunks_mut(BLOCK * width).zip(hidden.par_chunks_mut(BLOCK * root));
-            blocks.zip(&mut parts).enumerate().for_each(|(i, ((z, hidden), grads))| {
+            let blocks = z.chunks_mut(BLOCK * width).zip(hidden.chunks_mut(BLOCK * root));
+            team::each(blocks.zip(&mut parts).enumerate(), |(i, ((z, hidden), grads))| {
                 let token = first + w * wave + i * BLOCK;
                 let tree = routing.tree.tokens(spec, token, hidden.len() / root);
                 grads.fill(T::ZERO);

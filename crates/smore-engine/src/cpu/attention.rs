@@ -6,8 +6,7 @@
 
 use super::gemm::{Strided, StridedMut, product_here};
 use super::simd::{self, dot, simd};
-use crate::{AttentionShape, Float, Span};
-use rayon::prelude::*;
+use crate::{AttentionShape, Float, Span, team};
 use std::ops::Range;
 
 /// Queries and keys of one block of scores.
@@ -54,7 +53,7 @@ pub(super) fn forward<T: Float>(
             row += rows;
         }
     }
-    blocks.into_par_iter().for_each(|mut block| {
+    team::each(blocks.into_iter(), |mut block| {
         let mut scores = [T::ZERO; BLOCK * BLOCK];
         for head in 0..heads {
             forward_head(mixed, shape, q, k, v, &mut block, head, &mut scores);
@@ -187,10 +186,9 @@ pub(super) fn backward<T: Float>(
     let group = heads / kv_heads;
     let tasks: Vec<(Span, usize)> =
         shape.spans.iter().flat_map(|&s| (0..kv_heads).map(move |h| (s, h))).collect();
-    let parts: Vec<HeadGrads<T>> = tasks
-        .into_par_iter()
-        .map(|(span, kv_head)| backward_kv_head(mixed, shape, saved, dout, span, kv_head))
-        .collect();
+    let parts = team::map(tasks.into_iter(), |(span, kv_head)| {
+        backward_kv_head(mixed, shape, saved, dout, span, kv_head)
+    });
     let (q_width, width) = (group * head_dim, head_dim);
     let head = |part: &HeadGrads<T>| part.kv_head * width;
     add_parts(dq, heads * head_dim, q_width, &parts, |part| {
@@ -210,7 +208,7 @@ fn add_parts<T: Float>(
     parts: &[HeadGrads<T>],
     block: impl for<'a> Fn(&'a HeadGrads<T>) -> (usize, usize, &'a [T]) + Sync,
 ) {
-    target.par_chunks_mut(BLOCK * stride).enumerate().for_each(|(i, rows)| {
+    team::each(target.chunks_mut(BLOCK * stride).enumerate(), |(i, rows)| {
         let first = i * BLOCK;
         for part in parts {
             let (row, column, block) = block(part);

@@ -3,15 +3,14 @@
 
 use super::elementwise::CHUNK;
 use super::simd::simd;
-use crate::{Dropout, Float};
-use rayon::prelude::*;
+use crate::{Dropout, Float, team};
 
 /// y += x, without what is dropped and the rest scaled up.
 pub(super) fn add<T: Float>(dropout: Dropout, x: &[T], y: &mut [T]) {
     assert_eq!(x.len(), y.len(), "dropout shapes");
     let limit = (dropout.rate * f64::from(u32::MAX)).round() as u64;
     let scale = T::from_f64(1.0 / (1.0 - dropout.rate));
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).enumerate().for_each(|(task, (y, x))| {
+    team::each(y.chunks_mut(CHUNK).zip(x.chunks(CHUNK)).enumerate(), |(task, (y, x))| {
         let first = dropout.first + (task * CHUNK) as u64;
         simd!({
             for (i, (y, &x)) in y.iter_mut().zip(x).enumerate() {

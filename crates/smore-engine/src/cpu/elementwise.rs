@@ -1,8 +1,7 @@
 //! Operations on single elements, rows and whole buffers.
 
 use super::simd::{dot, simd};
-use crate::Float;
-use rayon::prelude::*;
+use crate::{Float, team};
 use std::mem::MaybeUninit;
 
 /// Elements of one task; fixed, so that sums are grouped alike on every machine.
@@ -15,7 +14,7 @@ pub(super) fn zeros<T: Float>(len: usize) -> Vec<T> {
     }
     let mut all = Vec::with_capacity(len);
     let room = &mut all.spare_capacity_mut()[..len];
-    room.par_chunks_mut(4 * CHUNK).for_each(|x| x.fill(MaybeUninit::new(T::ZERO)));
+    team::each(room.chunks_mut(4 * CHUNK), |x| x.fill(MaybeUninit::new(T::ZERO)));
     // SAFETY: the first `len` elements were written.
     unsafe { all.set_len(len) };
     all
@@ -40,7 +39,7 @@ pub(super) fn unwritten<T: Float>(len: usize) -> Vec<T> {
 
 /// x = cap tanh(x / cap)
 pub(super) fn soft_cap<T: Float>(cap: T, x: &mut [T]) {
-    x.par_chunks_mut(CHUNK).for_each(|x| {
+    team::each(x.chunks_mut(CHUNK), |x| {
         simd!({
             for x in x {
                 *x = cap * (*x / cap).tanh();
@@ -51,7 +50,7 @@ pub(super) fn soft_cap<T: Float>(cap: T, x: &mut [T]) {
 
 pub(super) fn add<T: Float>(x: &[T], y: &mut [T]) {
     assert_eq!(x.len(), y.len(), "add shapes");
-    y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).for_each(|(y, x)| {
+    team::each(y.chunks_mut(CHUNK).zip(x.chunks(CHUNK)), |(y, x)| {
         simd!({
             for (y, &x) in y.iter_mut().zip(x) {
                 *y += x;
@@ -62,15 +61,19 @@ pub(super) fn add<T: Float>(x: &[T], y: &mut [T]) {
 
 /// The row in every row of y, or added to it where `accumulate`.
 pub(super) fn add_row<T: Float>(row: &[T], y: &mut [T], accumulate: bool) {
-    y.par_chunks_mut(row.len()).for_each(|y| {
-        if !accumulate {
-            return y.copy_from_slice(row);
-        }
-        simd!({
-            for (y, &x) in y.iter_mut().zip(row) {
-                *y += x;
+    let d = row.len();
+    team::each(y.chunks_mut(CHUNK.div_ceil(d) * d), |y| {
+        for y in y.chunks_exact_mut(d) {
+            if !accumulate {
+                y.copy_from_slice(row);
+                continue;
             }
-        });
+            simd!({
+                for (y, &x) in y.iter_mut().zip(row) {
+                    *y += x;
+                }
+            });
+        }
     });
 }
 
@@ -78,7 +81,7 @@ pub(super) fn sum_rows<T: Float>(y: &[T], sum: &mut [T]) {
     // Tasks own columns, so that every sum has one order.
     const COLUMNS: usize = 256;
     let d = sum.len();
-    sum.par_chunks_mut(COLUMNS).enumerate().for_each(|(task, sum)| {
+    team::each(sum.chunks_mut(COLUMNS).enumerate(), |(task, sum)| {
         let first = task * COLUMNS;
         simd!({
             for row in y.chunks_exact(d) {
@@ -91,15 +94,12 @@ pub(super) fn sum_rows<T: Float>(y: &[T], sum: &mut [T]) {
 }
 
 pub(super) fn sum_squares<T: Float>(x: &[T]) -> f64 {
-    let parts: Vec<f64> = x
-        .par_chunks(CHUNK)
-        .map(|x| simd!(x.chunks(256).map(|part| dot(part, part).to_f64()).sum()))
-        .collect();
-    parts.iter().sum()
+    let part = |x: &[T]| simd!(x.chunks(256).map(|part| dot(part, part).to_f64()).sum::<f64>());
+    team::map(x.chunks(CHUNK), part).iter().sum()
 }
 
 pub(super) fn scale<T: Float>(factor: T, x: &mut [T]) {
-    x.par_chunks_mut(CHUNK).for_each(|x| {
+    team::each(x.chunks_mut(CHUNK), |x| {
         simd!({
             for x in x {
                 *x *= factor;

@@ -6,8 +6,7 @@ use super::Cpu;
 use super::dots;
 use super::linear::{bf16, f16, shape};
 use super::simd::simd;
-use crate::{Dtype, Float, MatrixRef};
-use rayon::prelude::*;
+use crate::{Dtype, Float, MatrixRef, team};
 
 /// Up to this many tokens, reading W once by dot products beats a packed product.
 pub(super) const FEW_TOKENS: usize = 4;
@@ -50,7 +49,7 @@ pub(super) fn forward<T: Float>(
         *y = if accumulate { *y + product } else { product };
     };
     if n == 1 {
-        y.par_chunks_mut(ROWS).enumerate().for_each(|(i, y)| {
+        team::each(y.chunks_mut(ROWS).enumerate(), |(i, y)| {
             let mut sums = [T::ZERO; ROWS];
             let sums = &mut sums[..y.len()];
             products(i * ROWS, sums);
@@ -62,8 +61,8 @@ pub(super) fn forward<T: Float>(
     }
     // [d_out, n]: each task owns consecutive outputs of all tokens.
     let mut transposed = vec![T::ZERO; d_out * n];
-    let tasks = transposed.par_chunks_mut(ROWS * n).enumerate();
-    tasks.for_each(|(i, out)| products(i * ROWS, out));
+    let tasks = transposed.chunks_mut(ROWS * n).enumerate();
+    team::each(tasks, |(i, out)| products(i * ROWS, out));
     for (o, column) in transposed.chunks_exact(n).enumerate() {
         for (i, &value) in column.iter().enumerate() {
             write(&mut y[i * d_out + o], o, value);
@@ -80,7 +79,7 @@ pub fn chosen_rows<T: Float>(w: &[T], rows: &[usize], x: &[T], out: &mut [T]) {
     const ROWS: usize = 32;
     assert_eq!(rows.len(), out.len(), "rows and their products");
     let d_in = x.len();
-    out.par_chunks_mut(ROWS).zip(rows.par_chunks(ROWS)).for_each(|(out, rows)| {
+    team::each(out.chunks_mut(ROWS).zip(rows.chunks(ROWS)), |(out, rows)| {
         let row = |r: usize| own(&w[r * d_in..(r + 1) * d_in]);
         let (fours, rest) = rows.as_chunks::<GROUP>();
         let (out_fours, out_rest) = out.as_chunks_mut::<GROUP>();

@@ -2,8 +2,7 @@
 
 use super::elementwise::CHUNK;
 use super::simd::simd;
-use crate::{Float, GateActivation};
-use rayon::prelude::*;
+use crate::{Float, GateActivation, team};
 
 /// An activation and its slope.
 trait Act {
@@ -65,15 +64,14 @@ pub(super) fn forward<T: Float>(act: GateActivation, gate: &[T], up: &[T], y: &m
 }
 
 fn forward_with<T: Float, A: Act>(gate: &[T], up: &[T], y: &mut [T]) {
-    (y.par_chunks_mut(CHUNK), gate.par_chunks(CHUNK), up.par_chunks(CHUNK))
-        .into_par_iter()
-        .for_each(|(y, gate, up)| {
-            simd!({
-                for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
-                    *y = A::value(g) * u;
-                }
-            });
+    let inputs = gate.chunks(CHUNK).zip(up.chunks(CHUNK));
+    team::each(y.chunks_mut(CHUNK).zip(inputs), |(y, (gate, up))| {
+        simd!({
+            for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
+                *y = A::value(g) * u;
+            }
         });
+    });
 }
 
 /// In place: gate and up become the slopes by them.
@@ -86,14 +84,13 @@ pub(super) fn backward<T: Float>(act: GateActivation, dy: &[T], gate: &mut [T], 
 
 fn backward_with<T: Float, A: Act>(dy: &[T], gate: &mut [T], up: &mut [T]) {
     assert!(dy.len() == gate.len() && dy.len() == up.len(), "gated shapes");
-    (gate.par_chunks_mut(CHUNK), up.par_chunks_mut(CHUNK), dy.par_chunks(CHUNK))
-        .into_par_iter()
-        .for_each(|(gate, up, dy)| {
-            simd!({
-                for ((g, u), &dy) in gate.iter_mut().zip(up).zip(dy) {
-                    let (value, slope) = A::value_and_slope(*g);
-                    (*g, *u) = (dy * *u * slope, dy * value);
-                }
-            });
+    let slopes = gate.chunks_mut(CHUNK).zip(up.chunks_mut(CHUNK));
+    team::each(slopes.zip(dy.chunks(CHUNK)), |((gate, up), dy)| {
+        simd!({
+            for ((g, u), &dy) in gate.iter_mut().zip(up).zip(dy) {
+                let (value, slope) = A::value_and_slope(*g);
+                (*g, *u) = (dy * *u * slope, dy * value);
+            }
         });
+    });
 }

@@ -8,7 +8,8 @@ use super::{
     packing::{Operand, Words},
     small,
 };
-use crate::{Float, Mat};
+use crate::{Float, Mat, team};
+use std::ops::Range;
 
 /// A matrix operand inside a slice.
 #[derive(Clone, Copy)]
@@ -122,6 +123,9 @@ pub(super) fn operand<'a, T: Float>(m: &Mat<'a, Cpu<T>>) -> Strided<'a, T> {
 /// Below this many multiplications one thread is faster than waking others.
 const PARALLEL_FROM: usize = 1 << 18;
 
+/// Tasks of a product, about.
+const TASKS: usize = 8;
+
 /// From this many rows, columns and depth on tiles of ours are filled well enough.
 #[cfg(target_arch = "x86_64")]
 pub(super) const SLIM: usize = 32;
@@ -136,8 +140,11 @@ pub(super) fn product<T: Float>(
     c: StridedMut<T>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if [c.rows, c.cols, a.cols].into_iter().min() >= Some(SLIM)
-        && let Some((words, left, right)) = slim(mixed, a, b, beta)
+    if let least = a.rows.min(a.cols).min(b.cols)
+        && least >= SLIM
+        && let words = packed::words(mixed, least)
+        && packed::available(words)
+        && let Some((left, right)) = operands(a, b, beta)
     {
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
         return packed::product(words, alpha, left, right, None, c, beta == T::ONE);
@@ -156,7 +163,10 @@ pub(super) fn product_here<T: Float>(
     c: StridedMut<T>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if let Some((words, left, right)) = slim(mixed, a, b, beta) {
+    if let words = packed::words(mixed, a.rows.min(a.cols).min(b.cols))
+        && words != Words::Wide
+        && let Some((left, right)) = operands(a, b, beta)
+    {
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));
         return packed::product_here(words, alpha, left, right, c, beta == T::ONE);
     }
@@ -164,19 +174,17 @@ pub(super) fn product_here<T: Float>(
     gemm(false, alpha, a, b, beta, c);
 }
 
-/// The words and operands of a product that is computed in 16-bit elements; none where it is not.
+/// The operands of a product as the packed kernels take them, where they can.
 #[cfg(target_arch = "x86_64")]
-fn slim<'a, T: Float>(
-    mixed: bool,
+fn operands<'a, T: Float>(
     a: Strided<'a, T>,
     b: Strided<'a, T>,
     beta: T,
-) -> Option<(Words, Operand<'a>, Operand<'a>)> {
-    if !mixed || (beta != T::ZERO && beta != T::ONE) {
+) -> Option<(Operand<'a>, Operand<'a>)> {
+    if beta != T::ZERO && beta != T::ONE {
         return None;
     }
-    let words = packed::faster_from(a.rows.min(a.cols).min(b.cols))?;
-    Some((words, Operand::rows_of(a.cast()?)?, Operand::rows_of(b.t().cast()?)?))
+    Some((Operand::rows_of(a.cast()?)?, Operand::rows_of(b.t().cast()?)?))
 }
 
 /// C = alpha A B + beta C; with beta = 0, C is not read. `parallel` allows several threads; without
@@ -208,37 +216,59 @@ pub fn gemm<T: Float>(
     a.check();
     b.check();
     c.check();
-    let threads = if parallel && m * n * k >= PARALLEL_FROM {
-        gemm::Parallelism::Rayon(0)
-    } else {
-        gemm::Parallelism::None
+    let out = Shared(c.data.as_mut_ptr());
+    let part = |rows: Range<usize>, cols: Range<usize>| {
+        // SAFETY: the three checks above keep every element that the strides reach inside its slice, and
+        // the borrow checker keeps C apart from A and B. `T` is f32 or f64, the only two `Float`s.
+        unsafe {
+            gemm::gemm(
+                rows.len(),
+                cols.len(),
+                k,
+                out.at(rows.start * c.row_stride + cols.start),
+                1,
+                c.row_stride as isize,
+                beta != T::ZERO,
+                a.data.as_ptr().wrapping_add(rows.start * a.row_stride),
+                a.col_stride as isize,
+                a.row_stride as isize,
+                b.data.as_ptr().wrapping_add(cols.start * b.col_stride),
+                b.col_stride as isize,
+                b.row_stride as isize,
+                beta,
+                alpha,
+                false,
+                false,
+                false,
+                gemm::Parallelism::None,
+            );
+        }
     };
-    // SAFETY: the three checks above keep every element that the strides reach inside its slice,
-    // and the borrow checker keeps C apart from A and B. `T` is f32 or f64, the only two `Float`s.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            c.data.as_mut_ptr(),
-            1,
-            c.row_stride as isize,
-            beta != T::ZERO,
-            a.data.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.data.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            beta,
-            alpha,
-            false,
-            false,
-            false,
-            threads,
-        );
+    if !parallel || m * n * k < PARALLEL_FROM {
+        return part(0..m, 0..n);
+    }
+    // Every task packs the whole of the shorter operand.
+    let task = (m.max(n) / TASKS).clamp(128, 512);
+    let (rows, cols) = if m < n { (m, task) } else { (task, n) };
+    let tasks =
+        (0..m).step_by(rows).flat_map(|row| (0..n).step_by(cols).map(move |col| (row, col)));
+    team::each(tasks, |(row, col)| part(row..m.min(row + rows), col..n.min(col + cols)));
+}
+
+/// A pointer to what tasks write apart from each other.
+#[derive(Clone, Copy)]
+pub(super) struct Shared<T>(pub(super) *mut T);
+
+impl<T> Shared<T> {
+    pub(super) fn at(&self, index: usize) -> *mut T {
+        self.0.wrapping_add(index)
     }
 }
+
+// SAFETY: tasks write disjoint elements.
+unsafe impl<T: Send> Send for Shared<T> {}
+// SAFETY: as above.
+unsafe impl<T: Send> Sync for Shared<T> {}
 
 #[cfg(test)]
 mod tests {

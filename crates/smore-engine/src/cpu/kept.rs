@@ -2,8 +2,7 @@
 
 use super::elementwise::{CHUNK, unwritten};
 use super::simd::simd;
-use crate::Float;
-use rayon::prelude::*;
+use crate::{Float, team};
 
 /// A buffer between the forward and the backward pass.
 pub enum Kept<T> {
@@ -17,7 +16,7 @@ pub enum Kept<T> {
 /// Rounds every element.
 pub(super) fn halves<T: Float>(x: &[T]) -> Kept<T> {
     let piece = |x: &[T]| simd!(x.iter().map(|x| rounded(x.to_f64() as f32)).collect());
-    Kept::Halves(x.par_chunks(CHUNK).map(piece).collect())
+    Kept::Halves(team::map(x.chunks(CHUNK), piece))
 }
 
 /// The upper half of the f32 nearest among those whose lower half is 0; NaN stays NaN.
@@ -35,7 +34,7 @@ impl<T: Float> Kept<T> {
             Self::Halves(pieces) => pieces,
         };
         let mut x = unwritten(pieces.iter().map(|piece| piece.len()).sum());
-        x.par_chunks_mut(CHUNK).zip(pieces).for_each(|(x, piece)| {
+        team::each(x.chunks_mut(CHUNK).zip(pieces), |(x, piece)| {
             simd!({
                 for (x, &half) in x.iter_mut().zip(&piece) {
                     *x = T::from_f32(f32::from_bits(u32::from(half) << 16));

@@ -9,8 +9,7 @@ use super::packed;
 #[cfg(target_arch = "x86_64")]
 use super::packing::{Operand, Words};
 use super::simd::simd;
-use crate::{Dtype, Float, HostMatrix, MatrixRef};
-use rayon::prelude::*;
+use crate::{Dtype, Float, HostMatrix, MatrixRef, team};
 
 /// Rows of W that are widened at a time. Every product packs x anew, so that few rows cost more
 /// than the memory for many (docs/performance.md).
@@ -62,7 +61,7 @@ impl<T: Float> Cpu<T> {
         let (d_out, d_in) = shape(w);
         assert_eq!((dy.len(), dx.len()), (n * d_out, n * d_in), "linear shapes");
         #[cfg(target_arch = "x86_64")]
-        if let Some((words, b)) = self.packed(w, n).filter(|(words, _)| *words != Words::Wide) {
+        if let Some((words, b)) = self.packed(w, n) {
             let dy = Strided::new(dy, n, d_out).cast();
             let a = dy.and_then(Operand::rows_of).expect("rows of f32");
             let c = StridedMut::new(dx, n, d_in).cast().expect("f32");
@@ -73,7 +72,6 @@ impl<T: Float> Cpu<T> {
             let a = Strided::rows_apart(&dy[first..], n, rows, d_out);
             let c = StridedMut::new(dx, n, d_in);
             let beta = if accumulate || first > 0 { T::ONE } else { T::ZERO };
-            // In f32 the crate is the faster one this way round.
             gemm(true, T::ONE, a, Strided::new(panel, rows, d_in), beta, c);
         });
     }
@@ -86,20 +84,19 @@ impl<T: Float> Cpu<T> {
         }
         let (rows, cols) = shape(w);
         let least = rows.min(cols).min(n);
-        let slim = packed::faster_from(least).filter(|_| self.mixed);
-        let (words, rows) = match *w {
+        let (mixed, rows) = match *w {
             MatrixRef::Frozen(host) => {
-                (slim.filter(|_| host.dtype == Dtype::Bf16), Operand::rows_of_weight(host))
+                (self.mixed && host.dtype == Dtype::Bf16, Operand::rows_of_weight(host))
             }
             MatrixRef::Trained(view, rows, cols) => {
                 if least < SLIM {
                     return None;
                 }
                 let w = Strided::new(Cpu::slice(view), rows, cols).cast()?;
-                (slim, Operand::rows_of(w)?)
+                (self.mixed, Operand::rows_of(w)?)
             }
         };
-        let words = words.unwrap_or(Words::Wide);
+        let words = packed::words(mixed, least);
         packed::available(words).then_some((words, rows))
     }
 }
@@ -128,7 +125,7 @@ fn for_panels<T: Float>(w: &MatrixRef<Cpu<T>>, mut f: impl FnMut(usize, &[T])) {
     for first in (0..host.rows).step_by(PANEL_ROWS) {
         let rows = PANEL_ROWS.min(host.rows - first);
         let panel = &mut scratch[..rows * host.cols];
-        panel.par_chunks_mut(16 * host.cols).enumerate().for_each(|(i, chunk)| {
+        team::each(panel.chunks_mut(16 * host.cols).enumerate(), |(i, chunk)| {
             widen(host, first + i * 16, chunk);
         });
         f(first, panel);

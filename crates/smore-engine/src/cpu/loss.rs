@@ -3,11 +3,10 @@
 
 use super::Cpu;
 use super::elementwise::unwritten;
-use super::gemm::{Strided, StridedMut, gemm};
+use super::gemm::{Strided, StridedMut, product};
 use super::linear;
 use super::simd::{self, simd};
-use crate::{CrossEntropy, Float, MatrixRef};
-use rayon::prelude::*;
+use crate::{CrossEntropy, Float, MatrixRef, team};
 
 /// Logits held at once where the rows allow it: 16 MiB in f32.
 const LOGITS: usize = 1 << 22;
@@ -41,12 +40,9 @@ pub(super) fn cross_entropy<T: Float>(
         }
         device.forward(x, head, None, logits, n, false);
         let wanted = dh.is_some() || dhead.is_some();
-        losses.par_extend(
-            logits
-                .par_chunks_exact_mut(vocabulary)
-                .zip(chunk)
-                .map(|(row, &(_, target))| nll(row, target as usize, loss, wanted)),
-        );
+        let rows = logits.chunks_exact_mut(vocabulary).zip(chunk);
+        losses
+            .extend(team::map(rows, |(row, &(_, target))| nll(row, target as usize, loss, wanted)));
         if let (Some(dh), Some(slopes)) = (dh.as_deref_mut(), &mut slopes) {
             let dx = &mut slopes[..n * d];
             device.backward(logits, head, dx, n, false);
@@ -60,7 +56,7 @@ pub(super) fn cross_entropy<T: Float>(
         if let Some(dhead) = dhead.as_deref_mut() {
             let dlogits = Strided::new(logits, n, vocabulary).t();
             let out = StridedMut::new(dhead, vocabulary, d);
-            gemm(true, T::ONE, dlogits, Strided::new(x, n, d), T::ONE, out);
+            product(false, T::ONE, dlogits, Strided::new(x, n, d), T::ONE, out);
         }
     }
     losses

@@ -1,4 +1,4 @@
-//! The CPU as a [`Device`]: buffers are vectors, work is split over rayon's threads.
+//! The CPU as a [`Device`]: buffers are vectors, work is split over threads ([`crate::team`]).
 //!
 //! Results do not depend on the number of threads: work is cut into pieces whose size depends on
 //! the shapes alone, and every sum has a fixed order.
@@ -35,7 +35,7 @@ pub use simd::{dispatch, dot, simd};
 
 use crate::{
     AdamW, AttentionShape, CrossEntropy, Device, Dropout, Dtype, Float, GateActivation, HostMatrix,
-    Mat, MatMut, MatrixRef, RmsNorm, View, ViewMut,
+    Mat, MatMut, MatrixRef, RmsNorm, View, ViewMut, team,
 };
 use std::marker::PhantomData;
 
@@ -112,7 +112,7 @@ impl<T: Float> Device for Cpu<T> {
     type Weight = HostMatrix;
 
     fn within<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        rayon::scope(|_| work())
+        team::within(work)
     }
 
     fn both<A: Send, B: Send>(
@@ -120,7 +120,7 @@ impl<T: Float> Device for Cpu<T> {
         one: impl FnOnce() -> A + Send,
         other: impl FnOnce() -> B + Send,
     ) -> (A, B) {
-        rayon::join(one, other)
+        team::both(one, other)
     }
 
     fn zeros(&self, len: usize) -> Vec<T> {

@@ -1,8 +1,7 @@
 //! AdamW (Loshchilov & Hutter 2019), in the order of PyTorch's implementation.
 
 use super::simd::simd;
-use crate::{AdamW, Float};
-use rayon::prelude::*;
+use crate::{AdamW, Float, team};
 
 pub(super) fn adamw<T: Float>(
     step: &AdamW,
@@ -19,21 +18,16 @@ pub(super) fn adamw<T: Float>(
     let (b1, c1) = (T::from_f64(step.beta1), T::from_f64(1.0 - step.beta1));
     let (b2, c2) = (T::from_f64(step.beta2), T::from_f64(1.0 - step.beta2));
     let epsilon = T::from_f64(step.epsilon);
-    (
-        values.par_chunks_mut(CHUNK),
-        grads.par_chunks(CHUNK),
-        m.par_chunks_mut(CHUNK),
-        v.par_chunks_mut(CHUNK),
-    )
-        .into_par_iter()
-        .for_each(|(values, grads, m, v)| {
-            simd!({
-                let moments = m.iter_mut().zip(v);
-                for ((p, &g), (m, v)) in values.iter_mut().zip(grads).zip(moments) {
-                    *m = b1 * *m + c1 * g;
-                    *v = b2 * *v + c2 * g * g;
-                    *p = *p * keep - rate * *m / (v.sqrt() / root + epsilon);
-                }
-            });
+    let moments = m.chunks_mut(CHUNK).zip(v.chunks_mut(CHUNK));
+    let parameters = values.chunks_mut(CHUNK).zip(grads.chunks(CHUNK));
+    team::each(parameters.zip(moments), |((values, grads), (m, v))| {
+        simd!({
+            let moments = m.iter_mut().zip(v);
+            for ((p, &g), (m, v)) in values.iter_mut().zip(grads).zip(moments) {
+                *m = b1 * *m + c1 * g;
+                *v = b2 * *v + c2 * g * g;
+                *p = *p * keep - rate * *m / (v.sqrt() / root + epsilon);
+            }
         });
+    });
 }

@@ -9,12 +9,11 @@ use std::arch::x86_64::*;
 use std::cell::RefCell;
 use std::sync::LazyLock;
 
-use rayon::prelude::*;
-
-use super::gemm::StridedMut;
+use super::gemm::{Shared, StridedMut};
 use super::packing::{
     LANES, Operand, Powers, Stretch, Words, largest, mask, pack_halves, pack_pairs, pack_wide,
 };
+use crate::team;
 
 /// Rows and columns of the tile whose sums stay in registers: 24 of 32.
 const ROWS: usize = 12;
@@ -66,10 +65,11 @@ pub(super) fn faster_than_wide() -> Option<Words> {
     *FASTER
 }
 
-/// The same for products with so many rows, columns and steps of depth at least: in f16 scaling lines
+/// The words of a product with so many rows, columns and steps of depth at least: in f16 scaling lines
 /// takes a second look at every element, which small ones do not repay.
-pub(super) fn faster_from(least: usize) -> Option<Words> {
-    faster_than_wide().filter(|&words| words != Words::Halves || least >= 128)
+pub(super) fn words(mixed: bool, least: usize) -> Words {
+    let slim = faster_than_wide().filter(|&words| words != Words::Halves || least >= 128);
+    slim.filter(|_| mixed).unwrap_or(Words::Wide)
 }
 
 /// C = scale A B + bias, + C where `add`.
@@ -112,7 +112,7 @@ pub(super) fn product(
         let high = high.next_multiple_of(ROWS);
         for stretches in stretches.chunks(stretches_at_once) {
             let left = &mut left.words()[..stretches.len() * blocks * high_room];
-            left.par_chunks_mut(high_room).enumerate().for_each(|(i, block)| {
+            team::each(left.chunks_mut(high_room).enumerate(), |(i, block)| {
                 let (stretch, line) = (stretches[i / blocks], top + i % blocks * ROWS);
                 // SAFETY: the words are available, and the operand was checked.
                 unsafe { pack(words, &a, line, stretch, block) };
@@ -150,8 +150,8 @@ pub(super) fn product(
                     }
                 }
             };
-            let tasks = (0..across * rows.div_ceil(high)).into_par_iter();
-            tasks.for_each_init(|| Room::of(width / COLS * wide_room), task);
+            let tasks = 0..across * rows.div_ceil(high);
+            team::each_with(tasks, || Room::of(width / COLS * wide_room), task);
         }
     }
 }
@@ -331,21 +331,6 @@ impl Drop for Room {
         ROOMS.with_borrow_mut(|rooms| rooms.push(std::mem::take(&mut self.held)));
     }
 }
-
-/// A pointer to what tasks write apart from each other.
-#[derive(Clone, Copy)]
-struct Shared(*mut f32);
-
-impl Shared {
-    fn at(&self, index: usize) -> *mut f32 {
-        self.0.wrapping_add(index)
-    }
-}
-
-// SAFETY: tasks write disjoint elements.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
 
 /// At most [`ROWS`] x [`COLS`] elements of C.
 struct Tile<'a> {

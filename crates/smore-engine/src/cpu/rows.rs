@@ -1,8 +1,7 @@
 //! One number per row of a matrix: rows scaled, and rows met by rows.
 
 use super::simd::{dot, simd};
-use crate::Float;
-use rayon::prelude::*;
+use crate::{Float, team};
 
 /// Elements of one task, about.
 const TASK: usize = 1 << 14;
@@ -10,7 +9,7 @@ const TASK: usize = 1 << 14;
 /// x_i *= weights_i
 pub(super) fn scale<T: Float>(weights: &[T], x: &mut [T]) {
     let Some((d, rows)) = tasks(x.len(), weights.len()) else { return };
-    x.par_chunks_mut(rows * d).zip(weights.par_chunks(rows)).for_each(|(x, weights)| {
+    team::each(x.chunks_mut(rows * d).zip(weights.chunks(rows)), |(x, weights)| {
         simd!({
             for (x, &w) in x.chunks_exact_mut(d).zip(weights) {
                 for x in x {
@@ -25,16 +24,15 @@ pub(super) fn scale<T: Float>(weights: &[T], x: &mut [T]) {
 pub(super) fn dots<T: Float>(x: &[T], y: &[T], dots: &mut [T]) {
     assert_eq!(x.len(), y.len(), "row shapes");
     let Some((d, rows)) = tasks(x.len(), dots.len()) else { return };
-    (dots.par_chunks_mut(rows), x.par_chunks(rows * d), y.par_chunks(rows * d))
-        .into_par_iter()
-        .for_each(|(dots, x, y)| {
-            simd!({
-                let pairs = x.chunks_exact(d).zip(y.chunks_exact(d));
-                for (sum, (x, y)) in dots.iter_mut().zip(pairs) {
-                    *sum += dot(x, y);
-                }
-            });
+    let pairs = x.chunks(rows * d).zip(y.chunks(rows * d));
+    team::each(dots.chunks_mut(rows).zip(pairs), |(dots, (x, y))| {
+        simd!({
+            let pairs = x.chunks_exact(d).zip(y.chunks_exact(d));
+            for (sum, (x, y)) in dots.iter_mut().zip(pairs) {
+                *sum += dot(x, y);
+            }
         });
+    });
 }
 
 /// Width of a row and rows of one task, of `len` elements in `n` rows; `None` where there are none.

@@ -1,11 +1,11 @@
 //! What routers chose, counted.
 
 use crate::inject::{Adapters, Slot};
-use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use smore::adapter::{AnyAdapter, BlockAdapter};
 use smore::kernel::Routing;
 use smore::tree::ResidualTree;
+use smore_engine::team;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -227,7 +227,7 @@ impl Counts {
     /// Adds the routing of a batch, in the order of the adapters. There is no padding in a batch, so
     /// every token counts.
     pub fn see(&mut self, routing: &[Option<Routing<f32>>]) {
-        self.places.par_iter_mut().zip(routing).for_each(|(place, routing)| {
+        team::each(self.places.iter_mut().zip(routing), |(place, routing)| {
             if let (Some(place), Some(routing)) = (place, routing) {
                 let tokens = tokens_of(routing);
                 place.see(&routing.tree, tokens, 0..tokens);
