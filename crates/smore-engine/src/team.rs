@@ -320,7 +320,7 @@ mod tests {
                         assert_eq!(square(round), want(round));
                     }
                     thread::sleep(PATIENCE * 3);
-                    let nested = map(0..40, |i| square(i));
+                    let nested = map(0..40, square);
                     assert!(nested.iter().enumerate().all(|(i, got)| *got == want(i)));
                     let (one, other) = both(|| square(300), || square(200));
                     assert!(one == want(300) && other == want(200));

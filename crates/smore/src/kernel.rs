@@ -20,7 +20,7 @@ use std::ops::Range;
 
 /// Tokens whose intermediate values are alive at once, per thread, and whose parameter gradients are
 /// summed on their own before they join the others (docs/performance.md).
-pub(crate) const BLOCK: usize = 48;
+pub(crate) const BLOCK: usize = 40;
 
 /// The parameters that the pass reads.
 pub(crate) struct Core<'a, T> {

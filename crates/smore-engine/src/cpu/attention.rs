@@ -184,12 +184,18 @@ pub(super) fn backward<T: Float>(
 ) {
     let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
     let group = heads / kv_heads;
-    let tasks: Vec<(Span, usize)> =
-        shape.spans.iter().flat_map(|&s| (0..kv_heads).map(move |h| (s, h))).collect();
-    let parts = team::map(tasks.into_iter(), |(span, kv_head)| {
-        backward_kv_head(mixed, shape, saved, dout, span, kv_head)
-    });
     let (q_width, width) = (group * head_dim, head_dim);
+    // Made by one thread: those that ask the allocator at the same time wait for each other.
+    let part = |(&span, kv_head): (&Span, usize)| HeadGrads {
+        span,
+        kv_head,
+        dq: Vec::with_capacity(span.q_len * q_width),
+        dk: Vec::with_capacity(span.k_len * width),
+        dv: Vec::with_capacity(span.k_len * width),
+    };
+    let heads_of = |span| (0..kv_heads).map(move |head| (span, head));
+    let mut parts: Vec<HeadGrads<T>> = shape.spans.iter().flat_map(heads_of).map(part).collect();
+    team::each(parts.iter_mut(), |part| backward_kv_head(mixed, shape, saved, dout, part));
     let head = |part: &HeadGrads<T>| part.kv_head * width;
     add_parts(dq, heads * head_dim, q_width, &parts, |part| {
         (part.span.q_start, part.kv_head * q_width, &part.dq)
@@ -232,18 +238,14 @@ fn backward_kv_head<T: Float>(
     shape: &AttentionShape,
     saved: &Saved<T>,
     dout: &[T],
-    span: Span,
-    kv_head: usize,
-) -> HeadGrads<T> {
+    grads: &mut HeadGrads<T>,
+) {
     let AttentionShape { heads, kv_heads, head_dim, .. } = *shape;
     let group = heads / kv_heads;
-    let mut grads = HeadGrads {
-        span,
-        kv_head,
-        dq: vec![T::ZERO; span.q_len * group * head_dim],
-        dk: vec![T::ZERO; span.k_len * head_dim],
-        dv: vec![T::ZERO; span.k_len * head_dim],
-    };
+    let (span, kv_head) = (grads.span, grads.kv_head);
+    grads.dq.resize(span.q_len * group * head_dim, T::ZERO);
+    grads.dk.resize(span.k_len * head_dim, T::ZERO);
+    grads.dv.resize(span.k_len * head_dim, T::ZERO);
     let mut p = [T::ZERO; BLOCK * BLOCK];
     let mut dp = [T::ZERO; BLOCK * BLOCK];
     for member in 0..group {
@@ -262,11 +264,10 @@ fn backward_kv_head<T: Float>(
                 let tile = Tile { mixed, shape, span, head, kv_head, first, rows, k_first, keys };
                 let (p, dp) = (&mut p[..rows * keys], &mut dp[..rows * keys]);
                 tile.scores(saved, dout, &delta, p, dp);
-                tile.accumulate(saved, dout, p, dp, member, &mut grads);
+                tile.accumulate(saved, dout, p, dp, member, grads);
             }
         }
     }
-    grads
 }
 
 /// One block of queries against one block of keys.

@@ -10,13 +10,17 @@ pub enum Kept<T> {
     Whole(Vec<T>),
     /// Every element rounded to the nearest in bf16, ties to even: the upper half of its f32. In
     /// pieces, which fill the room that the large buffers around them leave instead of cutting it up.
-    Halves(Vec<Box<[u16]>>),
+    Halves(Vec<Vec<u16>>),
 }
 
 /// Rounds every element.
 pub(super) fn halves<T: Float>(x: &[T]) -> Kept<T> {
-    let piece = |x: &[T]| simd!(x.iter().map(|x| rounded(x.to_f64() as f32)).collect());
-    Kept::Halves(team::map(x.chunks(CHUNK), piece))
+    // Made by one thread: those that ask the allocator at the same time wait for each other.
+    let mut pieces: Vec<_> = x.chunks(CHUNK).map(|x| Vec::with_capacity(x.len())).collect();
+    team::each(pieces.iter_mut().zip(x.chunks(CHUNK)), |(piece, x)| {
+        simd!(piece.extend(x.iter().map(|x| rounded(x.to_f64() as f32))));
+    });
+    Kept::Halves(pieces)
 }
 
 /// The upper half of the f32 nearest among those whose lower half is 0; NaN stays NaN.
@@ -33,7 +37,7 @@ impl<T: Float> Kept<T> {
             Self::Whole(x) => return x,
             Self::Halves(pieces) => pieces,
         };
-        let mut x = unwritten(pieces.iter().map(|piece| piece.len()).sum());
+        let mut x = unwritten(pieces.iter().map(Vec::len).sum());
         team::each(x.chunks_mut(CHUNK).zip(pieces), |(x, piece)| {
             simd!({
                 for (x, &half) in x.iter_mut().zip(&piece) {

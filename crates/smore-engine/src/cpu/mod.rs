@@ -63,7 +63,7 @@ pub fn keep_freed_memory() {
         // The largest that is taken; what is larger comes from the system each time.
         libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
         libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
-        // One store for all threads, since a step's buffers are allocated by now this, now that one.
+        // One store for all threads: each finds the room that another has left.
         libc::mallopt(libc::M_ARENA_MAX, 1);
     }
 }

@@ -21,7 +21,7 @@ use smore_engine::{MatrixRef, View, ViewMut};
 
 /// Tokens whose embeddings, or slopes by them, are alive at once: they are short-lived, and there
 /// are long sequences.
-const TOKENS: usize = 6 * BLOCK;
+const TOKENS: usize = 7 * BLOCK;
 
 /// S'MoRE on one linear map.
 pub struct Smore {
