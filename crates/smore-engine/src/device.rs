@@ -20,8 +20,7 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// A frozen matrix, laid out as the device reads it best.
     type Weight: Send + Sync;
 
-    /// Does work of many operations where they start soonest: for a CPU, on one of the threads that
-    /// share them.
+    /// Does work of many operations so that each starts soonest: a CPU's threads stay awake meanwhile.
     fn within<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
         work()
     }

@@ -123,8 +123,8 @@ pub(super) fn operand<'a, T: Float>(m: &Mat<'a, Cpu<T>>) -> Strided<'a, T> {
 /// Below this many multiplications one thread is faster than waking others.
 const PARALLEL_FROM: usize = 1 << 18;
 
-/// Tasks of a product, about.
-const TASKS: usize = 8;
+/// Rows and columns of a task.
+const SIDE: usize = 256;
 
 /// From this many rows, columns and depth on tiles of ours are filled well enough.
 #[cfg(target_arch = "x86_64")]
@@ -247,9 +247,9 @@ pub fn gemm<T: Float>(
     if !parallel || m * n * k < PARALLEL_FROM {
         return part(0..m, 0..n);
     }
-    // Every task packs the whole of the shorter operand.
-    let task = (m.max(n) / TASKS).clamp(128, 512);
-    let (rows, cols) = if m < n { (m, task) } else { (task, n) };
+    // Every task packs its own operands, which costs less the higher and wider it is.
+    let side = |across: usize| if across < SIDE { SIDE / 2 } else { SIDE };
+    let (rows, cols) = (side(n), side(m));
     let tasks =
         (0..m).step_by(rows).flat_map(|row| (0..n).step_by(cols).map(move |col| (row, col)));
     team::each(tasks, |(row, col)| part(row..m.min(row + rows), col..n.min(col + cols)));
@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn agrees_with_the_definition_on_strided_and_transposed_operands() {
-        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (64, 33, 70), (130, 128, 9)] {
+        for (m, n, k) in [(1, 1, 1), (3, 5, 7), (64, 33, 70), (130, 128, 9), (300, 270, 20)] {
             let (lda, ldb, ldc) = (m + 2, n + 3, n + 1);
             let (a, b) = (numbers(k * lda, 1), numbers(k * ldb, 2));
             let mut c = numbers(m * ldc, 3);
