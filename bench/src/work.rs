@@ -99,22 +99,19 @@ fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize
     let (x, dy) = (floats(n * d_in, 4), floats(n * d_out, 5));
     let (mut y, mut dx, mut grads) = (vec![1.0; n * d_out], vec![1.0; n * d_in], vec![1.0; len]);
     Ok(Box::new(move || {
-        // As in a step, of which this is a part.
-        device.within(|| {
-            let frozen = MatrixRef::Frozen(&w);
-            let (x, dy) = (View::new(&x, n * d_in), View::new(&dy, n * d_out));
-            let params = View::new(&params, len);
-            grads.fill(0.0);
-            device.linear(x, frozen, None, ViewMut::new(&mut y, n * d_out), n, false);
-            let saved: Option<AnySaved<Cpu<f32>>> = adapter.as_ref().map(|a| {
-                a.forward(&device, Mode::plain(), params, x, ViewMut::new(&mut y, n * d_out))
-            });
-            device.linear_backward(dy, frozen, ViewMut::new(&mut dx, n * d_in), n, false);
-            if let (Some(a), Some(mut saved)) = (&adapter, saved) {
-                let (grads, dx) = (ViewMut::new(&mut grads, len), ViewMut::new(&mut dx, n * d_in));
-                a.backward(&device, Mode::plain(), 1.0, params, &mut saved, x, dy, grads, Some(dx));
-            }
-        });
+        let frozen = MatrixRef::Frozen(&w);
+        let (x, dy) = (View::new(&x, n * d_in), View::new(&dy, n * d_out));
+        let params = View::new(&params, len);
+        grads.fill(0.0);
+        device.linear(x, frozen, None, ViewMut::new(&mut y, n * d_out), n, false);
+        let saved: Option<AnySaved<Cpu<f32>>> = adapter
+            .as_ref()
+            .map(|a| a.forward(&device, Mode::plain(), params, x, ViewMut::new(&mut y, n * d_out)));
+        device.linear_backward(dy, frozen, ViewMut::new(&mut dx, n * d_in), n, false);
+        if let (Some(a), Some(mut saved)) = (&adapter, saved) {
+            let (grads, dx) = (ViewMut::new(&mut grads, len), ViewMut::new(&mut dx, n * d_in));
+            a.backward(&device, Mode::plain(), 1.0, params, &mut saved, x, dy, grads, Some(dx));
+        }
         Ok(())
     }))
 }

@@ -20,11 +20,6 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
     /// A frozen matrix, laid out as the device reads it best.
     type Weight: Send + Sync;
 
-    /// Does work of many operations so that each starts soonest: a CPU's threads stay awake meanwhile.
-    fn within<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        work()
-    }
-
     /// Does two works that do not need each other, side by side where that is faster.
     fn both<A: Send, B: Send>(
         &self,

@@ -2,8 +2,7 @@
 //!
 //! A training step is thousands of operations of a fraction of a millisecond. A thread that falls asleep
 //! between two of them is woken too late for the second, in virtual machines most of all
-//! (docs/performance.md). So threads called by [`each`] stay for the length of [`within`], and leave
-//! when they were without work for a while.
+//! (docs/performance.md). So threads that were called stay until they have been without work for a while.
 
 use std::cell::{Cell, RefCell, UnsafeCell};
 use std::hint::spin_loop;
@@ -21,20 +20,6 @@ const LOOKS: usize = 64;
 const POLITE: usize = 16;
 /// Works that are shared at the same time: one inside the other, or beside it.
 const PLACES: usize = 8;
-
-/// Runs `work` with the threads of the current rayon pool at hand until it is done. Inside of another
-/// one, it is that one's threads.
-pub fn within<R>(work: impl FnOnce() -> R) -> R {
-    let threads = rayon::current_num_threads();
-    if threads == 1 || CURRENT.with_borrow(Option::is_some) {
-        return work();
-    }
-    let seats = Mutex::new((1..threads).rev().collect());
-    let team = Arc::new(Team { seats, ..Team::default() });
-    let result = working_for(&team, 0, || catch_unwind(AssertUnwindSafe(work)));
-    team.dissolved.store(true, SeqCst);
-    result.unwrap_or_else(|why| resume_unwind(why))
-}
 
 /// Runs `work` on each of the items, on all threads. Each thread begins with a run of items of its own,
 /// the same one for as many items, so that it finds what it wrote before in its cache, and goes on with
@@ -74,7 +59,7 @@ where
             }
         }
     };
-    within(|| share(&turn, || ()));
+    share(&turn, || ());
 }
 
 /// Where the next item is taken from a run of them.
@@ -103,26 +88,17 @@ pub fn both<A: Send, B>(one: impl FnOnce() -> A + Send, other: impl FnOnce() -> 
             *locked(&result) = Some(value);
         }
     };
-    let other = within(|| share(&turn, other));
+    let other = share(&turn, other);
     let result = result.into_inner().unwrap_or_else(PoisonError::into_inner);
     (result.expect("it ran, or what it panicked with went on"), other)
 }
 
 thread_local! {
-    /// The team that this thread works for.
+    /// The team of which this thread is a member: that of another thread for as long as it stays there,
+    /// else its own.
     static CURRENT: RefCell<Option<Arc<Team>>> = const { RefCell::new(None) };
-    /// Which run of items this thread begins with: 0 for who leads a team.
+    /// Which run of items this thread begins with: 0 in its own team.
     static SEAT: Cell<usize> = const { Cell::new(0) };
-}
-
-/// Runs `work` as a member of a team.
-fn working_for<R>(team: &Arc<Team>, seat: usize, work: impl FnOnce() -> R) -> R {
-    CURRENT.set(Some(Arc::clone(team)));
-    SEAT.set(seat);
-    let result = work();
-    CURRENT.set(None);
-    SEAT.set(0);
-    result
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -138,8 +114,8 @@ fn share<R>(work: &(dyn Fn() + Sync), meanwhile: impl FnOnce() -> R) -> R {
             locked(&panicked).get_or_insert(why);
         }
     };
-    let team = CURRENT.with_borrow(Clone::clone);
-    let place = team.as_ref().and_then(|team| team.put_up(&turn));
+    let team = CURRENT.with_borrow_mut(|team| Arc::clone(team.get_or_insert_with(Team::led)));
+    let place = team.put_up(&turn);
     let result = catch_unwind(AssertUnwindSafe(meanwhile));
     turn();
     if let Some(place) = place {
@@ -158,12 +134,17 @@ struct Team {
     news: AtomicUsize,
     /// Threads that were called and have not left.
     members: AtomicUsize,
-    dissolved: AtomicBool,
     /// Those that nobody has.
     seats: Mutex<Vec<usize>>,
 }
 
 impl Team {
+    /// That of the thread which calls this, with nobody else in it.
+    fn led() -> Arc<Self> {
+        let seats = Mutex::new((1..rayon::current_num_threads()).rev().collect());
+        Arc::new(Self { seats, ..Self::default() })
+    }
+
     /// Puts up a work in a free place, if there is one, and calls the threads that are not here.
     fn put_up(self: &Arc<Self>, work: &(dyn Fn() + Sync)) -> Option<&Place> {
         let place = self.places.iter().find(|place| !place.taken.swap(true, SeqCst))?;
@@ -181,15 +162,12 @@ impl Team {
 
     /// What a called thread does.
     fn join(self: &Arc<Self>) {
-        // One that waits for something of rayon's inside of a team's work may come by.
-        let engaged = CURRENT.with_borrow(Option::is_some);
-        let seat = if engaged { None } else { locked(&self.seats).pop() };
-        let Some(seat) = seat else {
-            self.members.fetch_sub(1, SeqCst);
-            return;
-        };
-        working_for(self, seat, || self.help());
-        locked(&self.seats).push(seat);
+        let seat = locked(&self.seats).pop();
+        let before = (CURRENT.replace(Some(Arc::clone(self))), SEAT.replace(seat.unwrap_or(0)));
+        self.help();
+        CURRENT.set(before.0);
+        SEAT.set(before.1);
+        locked(&self.seats).extend(seat);
     }
 
     /// Works until there is nothing to do for a while, and gives up the membership.
@@ -220,7 +198,7 @@ impl Team {
                 }
                 spin_loop();
             }
-            if self.dissolved.load(SeqCst) || start.elapsed() > PATIENCE {
+            if start.elapsed() > PATIENCE {
                 break;
             }
             if round.is_multiple_of(POLITE) {
@@ -304,8 +282,7 @@ mod tests {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
     }
 
-    /// Inside one another and beside each other, with and without a team around, and when its threads
-    /// have left meanwhile.
+    /// Inside one another and beside each other, and when threads have left meanwhile.
     #[test]
     fn every_item_is_worked_on_once() {
         for threads in [1, 2, 3, 8] {
@@ -315,16 +292,14 @@ mod tests {
                 for n in [0, 1, 2, 5, 1000] {
                     assert_eq!(square(n), want(n));
                 }
-                within(|| {
-                    for round in 0..500 {
-                        assert_eq!(square(round), want(round));
-                    }
-                    thread::sleep(PATIENCE * 3);
-                    let nested = map(0..40, square);
-                    assert!(nested.iter().enumerate().all(|(i, got)| *got == want(i)));
-                    let (one, other) = both(|| square(300), || square(200));
-                    assert!(one == want(300) && other == want(200));
-                });
+                for round in 0..500 {
+                    assert_eq!(square(round), want(round));
+                }
+                thread::sleep(PATIENCE * 3);
+                let nested = map(0..40, square);
+                assert!(nested.iter().enumerate().all(|(i, got)| *got == want(i)));
+                let (one, other) = both(|| square(300), || square(200));
+                assert!(one == want(300) && other == want(200));
             });
         }
     }
@@ -350,23 +325,18 @@ mod tests {
     #[test]
     fn a_panic_goes_on_where_the_work_was_shared_and_the_team_stays() {
         on(3, || {
-            within(|| {
-                for culprit in [0, 50, 99] {
-                    let caught = catch_unwind(|| {
-                        each(0..100, |i| assert_ne!(i, culprit, "the culprit"));
-                    });
-                    let why = *caught.unwrap_err().downcast::<String>().unwrap();
-                    assert!(why.contains("the culprit"), "{why}");
-                    let caught = catch_unwind(|| both(|| panic!("one"), || 1));
-                    assert_eq!(*caught.unwrap_err().downcast::<&str>().unwrap(), "one");
-                    let caught = catch_unwind(|| both(|| 1, || panic!("other")));
-                    assert_eq!(*caught.unwrap_err().downcast::<&str>().unwrap(), "other");
-                    assert_eq!(map(0..100, |i| i), (0..100).collect::<Vec<_>>());
-                }
-            });
-            let caught = catch_unwind(|| within(|| panic!("all")));
-            assert_eq!(*caught.unwrap_err().downcast::<&str>().unwrap(), "all");
-            assert_eq!(map(0..10, |i| i), (0..10).collect::<Vec<_>>());
+            for culprit in [0, 50, 99] {
+                let caught = catch_unwind(|| {
+                    each(0..100, |i| assert_ne!(i, culprit, "the culprit"));
+                });
+                let why = *caught.unwrap_err().downcast::<String>().unwrap();
+                assert!(why.contains("the culprit"), "{why}");
+                let caught = catch_unwind(|| both(|| panic!("one"), || 1));
+                assert_eq!(*caught.unwrap_err().downcast::<&str>().unwrap(), "one");
+                let caught = catch_unwind(|| both(|| 1, || panic!("other")));
+                assert_eq!(*caught.unwrap_err().downcast::<&str>().unwrap(), "other");
+                assert_eq!(map(0..100, |i| i), (0..100).collect::<Vec<_>>());
+            }
         });
     }
 
@@ -379,11 +349,9 @@ mod tests {
             for own in 0..4 {
                 let turns = &turns;
                 scope.spawn(move |_| {
-                    within(|| {
-                        for _ in 0..200 {
-                            each(0..10, |_| _ = turns[own].fetch_add(1, SeqCst));
-                        }
-                    });
+                    for _ in 0..200 {
+                        each(0..10, |_| _ = turns[own].fetch_add(1, SeqCst));
+                    }
                 });
             }
         });

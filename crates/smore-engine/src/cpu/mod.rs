@@ -111,10 +111,6 @@ impl<T: Float> Device for Cpu<T> {
     type Kept = Kept<T>;
     type Weight = HostMatrix;
 
-    fn within<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
-        team::within(work)
-    }
-
     fn both<A: Send, B: Send>(
         &self,
         one: impl FnOnce() -> A + Send,

@@ -243,8 +243,7 @@ impl<D: AdapterKernels> Model<D> {
 
     /// As [`Model::losses`], with the routing in the order of the adapters.
     pub fn losses_routed(&self, batch: &Batch) -> (Vec<f64>, Routings<D>) {
-        let from_start = || self.losses_from(0, self.embed(&batch.ids), batch, Mode::plain());
-        self.device.within(from_start)
+        self.losses_from(0, self.embed(&batch.ids), batch, Mode::plain())
     }
 
     /// -ln p of every target, given the input of block `first`, and the routing from there on.
@@ -288,16 +287,6 @@ impl<D: AdapterKernels> Model<D> {
     /// Losses of a batch; adds the gradients of `scales.loss * sum + scales.balance * balance` to
     /// `grads`, laid out like the parameters.
     pub fn step(
-        &self,
-        batch: &Batch,
-        scales: Scales,
-        noise: Option<Noise>,
-        grads: &mut D::Buf,
-    ) -> StepOutput<D::Elem> {
-        self.device.within(|| self.forward_backward(batch, scales, noise, grads))
-    }
-
-    fn forward_backward(
         &self,
         batch: &Batch,
         scales: Scales,
@@ -441,10 +430,6 @@ impl<D: AdapterKernels> Model<D> {
         ids: &[u32],
         cache: &mut KvCache<D>,
     ) -> (Vec<D::Elem>, Routings<D>) {
-        self.device.within(|| self.extend_cache(ids, cache))
-    }
-
-    fn extend_cache(&self, ids: &[u32], cache: &mut KvCache<D>) -> (Vec<D::Elem>, Routings<D>) {
         let (n, start) = (ids.len(), cache.len());
         assert!(n > 0 && start + n <= self.context, "sequence of {} tokens", start + n);
         let positions: Vec<u32> = (start as u32..(start + n) as u32).collect();
