@@ -56,6 +56,15 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
 
     /// Takes over a frozen matrix.
     fn weight(&self, host: HostMatrix) -> Self::Weight;
+    /// A trained matrix rounded to 16 bits, to be read token by token beside `w`; `None` where `w` itself is
+    /// held in more, or where the device computes in f64.
+    fn halved(
+        &self,
+        w: MatrixRef<Self>,
+        values: View<Self>,
+        rows: usize,
+        cols: usize,
+    ) -> Option<Self::Weight>;
     /// `[rows, cols]` of a frozen matrix.
     fn weight_shape(&self, weight: &Self::Weight) -> (usize, usize);
 

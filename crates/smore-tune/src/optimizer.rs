@@ -78,7 +78,7 @@ impl Optimizer {
             };
             device.adamw(
                 &settings,
-                ViewMut::new(&mut model.params, n).at(run.clone()),
+                ViewMut::new(model.params_mut(), n).at(run.clone()),
                 View::new(&self.grads, n).at(run.clone()),
                 ViewMut::new(&mut self.m, n).at(run.clone()),
                 ViewMut::new(&mut self.v, n).at(run.clone()),

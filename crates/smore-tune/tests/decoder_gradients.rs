@@ -85,12 +85,12 @@ fn check(model: &mut Model<Dev>, noise: Option<NoiseKey>, stride: usize) {
     let mut checked = 0;
     for i in (0..model.trained()).step_by(stride) {
         let h = 1e-5;
-        let value = model.params[i];
-        model.params[i] = value + h;
+        let value = model.params()[i];
+        model.params_mut()[i] = value + h;
         let (up, _, trees_up) = total(model, noise);
-        model.params[i] = value - h;
+        model.params_mut()[i] = value - h;
         let (down, _, trees_down) = total(model, noise);
-        model.params[i] = value;
+        model.params_mut()[i] = value;
         // Top-k is a jump: a slope across it means nothing.
         if trees_up != trees || trees_down != trees {
             continue;

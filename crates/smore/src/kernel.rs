@@ -14,7 +14,7 @@ use crate::router::{self, BalanceSlopes, Gate, LayerStats, noisy};
 use crate::spec::SmoreSpec;
 use crate::tree::{Removal, ResidualTree};
 use smore_engine::cpu::chosen_rows;
-use smore_engine::{Cpu, Device, Float, View, ViewMut, team};
+use smore_engine::{Cpu, Device, Float, HostMatrix, MatrixRef, View, ViewMut, team};
 use std::borrow::Cow;
 use std::ops::Range;
 
@@ -171,11 +171,16 @@ pub trait AdapterKernels: Device {
 
     /// [`AdapterKernels::tree_forward`] of a single token from its input `x [d_in]`, for routers
     /// that work from the top: computes the router's part of `z [stack_width]`, then that of the
-    /// chosen experts. The other experts' weights are not read, and their part of z is 0.
+    /// chosen experts, from `down` where that is given. The other experts' weights are not read, and
+    /// their part of z is 0.
+    ///
+    /// # Shapes
+    /// down `[stacked_ranks, d_in]`
     fn token_forward(
         &self,
         pass: &Pass<Self::Elem>,
         params: View<Self>,
+        down: Option<&Self::Weight>,
         x: View<Self>,
         z: ViewMut<Self>,
         hidden: ViewMut<Self>,
@@ -398,27 +403,30 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         &self,
         pass: &Pass<T>,
         params: View<Self>,
+        down: Option<&HostMatrix>,
         x: View<Self>,
         z: ViewMut<Self>,
         hidden: ViewMut<Self>,
     ) -> RoutedTokens<T> {
-        let (spec, params) = (pass.spec, Self::slice(params));
+        let (spec, at) = (pass.spec, pass.layout.stack_bias);
+        let stack = MatrixRef::Trained(params.at(0..at), spec.stack_width(), spec.d_in);
+        let params = Self::slice(params);
         let core = Core::new(spec, pass.layout, params);
         let (x, z) = (Self::slice(x), Self::slice_mut(z));
-        let biases = &params[pass.layout.stack_bias..];
-        let project = |rows: &[usize], z: &mut [T]| {
+        let biases = &params[at..];
+        let project = |stack: MatrixRef<Self>, rows: &[usize], z: &mut [T]| {
             let mut products = vec![T::ZERO; rows.len()];
-            chosen_rows(params, rows, x, &mut products);
+            chosen_rows(stack, rows, x, &mut products);
             for (&row, product) in rows.iter().zip(products) {
                 z[row] = product + biases[row];
             }
         };
         z.fill(T::ZERO);
         let ranks = spec.stacked_ranks();
-        project(&(ranks..spec.stack_width()).collect::<Vec<_>>(), z);
+        project(stack, &(ranks..spec.stack_width()).collect::<Vec<_>>(), z);
         let mut tree = ResidualTree::zeros(spec, 1);
         let routed = route_down(&core, pass, 0, 1, &z[ranks..], &mut tree, false);
-        project(&chosen_stack_rows(spec, &tree), z);
+        project(down.map_or(stack, MatrixRef::Frozen), &chosen_stack_rows(spec, &tree), z);
         let layers = propagate_up(&core, 1, z, &tree);
         Self::slice_mut(hidden).copy_from_slice(&layers[spec.depth() - 1].hidden);
         let block = Block { tree, routed, layers };

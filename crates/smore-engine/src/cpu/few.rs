@@ -28,12 +28,7 @@ pub(super) fn forward<T: Float>(
     // Outputs from `first` on, [rows, n].
     let products = |first: usize, out: &mut [T]| {
         let rows = out.len() / n;
-        let (bytes, stored) = match w {
-            MatrixRef::Trained(view, ..) => {
-                own(&Cpu::slice(*view)[first * d_in..(first + rows) * d_in])
-            }
-            MatrixRef::Frozen(host) => (host.row_bytes(first, rows), Stored::As(host.dtype)),
-        };
+        let (bytes, stored) = stored(w, first, rows);
         let width = bytes.len() / rows;
         let row = |r: usize| &bytes[r * width..(r + 1) * width];
         let (fours, rest) = out.split_at_mut(rows / GROUP * GROUP * n);
@@ -74,13 +69,14 @@ pub(super) fn forward<T: Float>(
 ///
 /// # Shapes
 /// x `[d_in]`, out as long as `rows`
-pub fn chosen_rows<T: Float>(w: &[T], rows: &[usize], x: &[T], out: &mut [T]) {
+pub fn chosen_rows<T: Float>(w: MatrixRef<Cpu<T>>, rows: &[usize], x: &[T], out: &mut [T]) {
     /// Rows of a task: the 16 that a router reads are done sooner than a second thread wakes.
     const ROWS: usize = 32;
     assert_eq!(rows.len(), out.len(), "rows and their products");
     let d_in = x.len();
+    assert_eq!(shape(&w).1, d_in, "inputs of chosen rows");
     team::each(out.chunks_mut(ROWS).zip(rows.chunks(ROWS)), |(out, rows)| {
-        let row = |r: usize| own(&w[r * d_in..(r + 1) * d_in]);
+        let row = |r: usize| stored(&w, r, 1);
         let (fours, rest) = rows.as_chunks::<GROUP>();
         let (out_fours, out_rest) = out.as_chunks_mut::<GROUP>();
         for (rows, out) in fours.iter().zip(out_fours) {
@@ -102,9 +98,21 @@ enum Stored {
     As(Dtype),
 }
 
-fn own<T: Float>(w: &[T]) -> (&[u8], Stored) {
-    let single = size_of::<T>() == size_of::<f32>();
-    (bytemuck::cast_slice(w), if single { Stored::As(Dtype::F32) } else { Stored::Own })
+/// Some rows of W.
+fn stored<'a, T: Float>(
+    w: &MatrixRef<'a, Cpu<T>>,
+    first: usize,
+    rows: usize,
+) -> (&'a [u8], Stored) {
+    match *w {
+        MatrixRef::Trained(view, _, d_in) => {
+            let rows = &Cpu::slice(view)[first * d_in..(first + rows) * d_in];
+            let single = size_of::<T>() == size_of::<f32>();
+            let stored = if single { Stored::As(Dtype::F32) } else { Stored::Own };
+            (bytemuck::cast_slice(rows), stored)
+        }
+        MatrixRef::Frozen(host) => (host.row_bytes(first, rows), Stored::As(host.dtype)),
+    }
 }
 
 /// The products of `R` rows with every token of `x [n, d_in]`: `out [R, n]`. Each sum has the same

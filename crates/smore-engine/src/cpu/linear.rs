@@ -178,6 +178,7 @@ pub(super) fn f16(bytes: [u8; 2]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::View;
     use std::sync::Arc;
 
     fn value(i: usize) -> f32 {
@@ -223,8 +224,11 @@ mod tests {
         assert!(all == run(3));
         let rows: Vec<usize> = (0..d_out).step_by(3).chain([7, 5]).collect();
         let mut some = vec![0f32; rows.len()];
-        few::chosen_rows(&w, &rows, &x, &mut some);
-        assert!(rows.iter().zip(&some).all(|(&r, &y)| y == all[r]));
+        let len = w.len();
+        for w in [MatrixRef::Frozen(&host), MatrixRef::Trained(View::new(&w, len), d_out, d_in)] {
+            few::chosen_rows(w, &rows, &x, &mut some);
+            assert!(rows.iter().zip(&some).all(|(&r, &y)| y == all[r]));
+        }
     }
 
     /// Every dtype, token count, alignment and panel boundary against the definition in f64.

@@ -168,6 +168,19 @@ impl<T: Float> Device for Cpu<T> {
         host
     }
 
+    fn halved(
+        &self,
+        w: MatrixRef<Self>,
+        values: View<Self>,
+        rows: usize,
+        cols: usize,
+    ) -> Option<HostMatrix> {
+        let MatrixRef::Frozen(w) = w else { return None };
+        let both = w.dtype != Dtype::F32 && size_of::<T>() == size_of::<f32>();
+        let values = || bytemuck::cast_slice(Self::slice(values));
+        both.then(|| HostMatrix::halved(rows, cols, values()))
+    }
+
     fn weight_shape(&self, weight: &HostMatrix) -> (usize, usize) {
         (weight.rows, weight.cols)
     }

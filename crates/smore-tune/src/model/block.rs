@@ -110,11 +110,15 @@ impl<D: AdapterKernels> Model<D> {
             device.linear(x, w, bias, y.rb(), n, accumulate);
             return Some(adapter.forward(device, mode, params, x, y));
         }
+        let halved = if mode.decoding { self.halved(slot) } else { None };
         // The tree of a single token is walked on one thread: the others read W meanwhile.
         let mut own = device.zeros(y.len);
         let target = self.view_mut(&mut own);
         let (saved, ()) = device.both(
-            || adapter.forward(device, mode, params, x, target),
+            || match halved {
+                Some(halved) => adapter.forward_token(device, params, halved, x, target),
+                None => adapter.forward(device, mode, params, x, target),
+            },
             || device.linear(x, w, bias, y.rb(), n, accumulate),
         );
         device.add(self.view(&own), y);

@@ -14,13 +14,14 @@ pub mod spec;
 mod traced;
 pub mod weights;
 
-use crate::inject::Adapters;
+use crate::inject::{Adapters, Site, Slot};
 use block::{BlockSaved, KvCache};
 use folder::ModelFolder;
-use smore::adapter::{InputDropout, Mode, Noise};
+use smore::adapter::{BlockAdapter, Halved, InputDropout, MapAdapter, Mode, Noise};
 use smore::kernel::{AdapterKernels, Routing};
 use smore_engine::{AttentionShape, Cpu, CrossEntropy, Float, Span, View, ViewMut};
 use spec::{DecoderSpec, Proj};
+use std::sync::OnceLock;
 use weights::Weights;
 
 /// A decoder on a device, with the adapters on it and the values of everything trained.
@@ -34,7 +35,9 @@ pub struct Model<D: AdapterKernels> {
     /// The adapters on its linear maps.
     pub adapters: Adapters,
     /// Values of all trained parameters, in one buffer.
-    pub params: D::Buf,
+    params: D::Buf,
+    /// The adapters' matrices as decoding reads them, made of `params` when first wanted; by slot.
+    halved: OnceLock<Vec<Option<Halved<D>>>>,
     /// Rotary table for `context` positions.
     rope: D::Buf,
     /// Longest sequence this model can be given.
@@ -155,6 +158,7 @@ impl<D: AdapterKernels> Model<D> {
             weights,
             adapters,
             params,
+            halved: OnceLock::new(),
             rope,
             context,
             gradient_checkpointing: false,
@@ -167,6 +171,30 @@ impl<D: AdapterKernels> Model<D> {
     /// Number of trained parameters.
     pub fn trained(&self) -> usize {
         self.device.len(&self.params)
+    }
+
+    /// All trained values.
+    pub fn params(&self) -> &D::Buf {
+        &self.params
+    }
+
+    /// All trained values, to be changed.
+    pub fn params_mut(&mut self) -> &mut D::Buf {
+        self.halved.take();
+        &mut self.params
+    }
+
+    /// The matrices of the adapter at `slot` in 16 bits, where it has a use for them.
+    fn halved(&self, slot: &Slot) -> Option<&Halved<D>> {
+        let of_slot = |slot: &Slot| match (slot.site, &slot.adapter) {
+            (Site::Map(proj), BlockAdapter::Map(adapter)) => {
+                let w = self.weights.map(self, slot.block, proj);
+                adapter.halved(&self.device, w, self.params_view().at(slot.range.clone()))
+            }
+            _ => None,
+        };
+        let all = || self.adapters.slots.iter().map(of_slot).collect();
+        self.halved.get_or_init(all)[slot.place].as_ref()
     }
 
     /// All trained values.
@@ -435,7 +463,8 @@ impl<D: AdapterKernels> Model<D> {
         let positions: Vec<u32> = (start as u32..(start + n) as u32).collect();
         let span = Span { q_start: 0, q_len: n, k_start: 0, k_len: start + n };
         let mut x = self.embed(ids);
-        let (mode, mut routing) = (Mode::plain(), Vec::new());
+        let mode = Mode { decoding: n == 1, ..Mode::plain() };
+        let mut routing = Vec::new();
         for b in 0..self.spec.blocks {
             let shape = self.shape_of(vec![span], b);
             routing.extend(self.block_extend(b, &mut x, &shape, &positions, mode, cache));

@@ -24,7 +24,7 @@ pub(super) fn not_finite(
     (samples, window): (&[Sample], &Window),
 ) -> Result<Error> {
     let indices: Vec<usize> = window.micro_batches.concat();
-    let parameter = first_tensor(settings, model, &model.params);
+    let parameter = first_tensor(settings, model, model.params());
     let block = window.micro_batches.iter().find_map(|b| first_block(model, samples, b));
     let gradient = first_tensor(settings, model, grads);
     let place = if let Some(name) = &parameter {

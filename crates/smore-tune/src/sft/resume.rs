@@ -99,17 +99,17 @@ impl Checkpoints<'_> {
         };
         write_folder(&path, |dir| {
             if model.weights.is_trained() {
-                fill_model(dir, &model.spec, &self.config.model, &model.params)?;
+                fill_model(dir, &model.spec, &self.config.model, model.params())?;
             } else {
                 let manifest = Manifest { steps: Some(progress.step), ..self.manifest.clone() };
-                fill_adapter(dir, self.settings, &model.adapters, &model.params, &manifest)?;
+                fill_adapter(dir, self.settings, &model.adapters, model.params(), &manifest)?;
             }
             let text = serde_json::to_string_pretty(&stored)
                 .map_err(|e| Error::Run(format!("the state cannot be written as JSON: {e}")))?;
             write(&dir.join(STATE), text.as_bytes())?;
             let [m, v] = optimizer.moments();
             let mut tensors =
-                vec![("params", &model.params[..]), ("exp_avg", m), ("exp_avg_sq", v)];
+                vec![("params", &model.params()[..]), ("exp_avg", m), ("exp_avg_sq", v)];
             tensors.extend(best.map(|best| ("best", &best.values[..])));
             write_named(&dir.join(TENSORS), &tensors)?;
             write(&dir.join("config.yaml"), self.config.to_yaml()?.as_bytes())?;
@@ -212,7 +212,7 @@ impl Resumed {
                 model.trained()
             )));
         }
-        model.params = self.params;
+        *model.params_mut() = self.params;
         optimizer.restore(self.moments);
         selection.best = self.best;
         selection.waited = self.waited;

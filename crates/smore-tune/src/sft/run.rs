@@ -147,7 +147,7 @@ impl Run {
             }
             if (last || due(step, eval_steps))
                 && let Some(loss) = self.evaluate(observer)?
-                && self.selection.see(step, loss, &self.model.params)
+                && self.selection.see(step, loss, self.model.params())
             {
                 break;
             }
@@ -321,7 +321,7 @@ impl Run {
     fn export(&mut self) -> Result<PathBuf> {
         let Self { config, settings, manifest, data, model, selection, .. } = self;
         if let Some(best) = selection.exported() {
-            model.params.clone_from(&best.values);
+            model.params_mut().clone_from(&best.values);
         }
         let name = if model.weights.is_trained() { "model" } else { "adapter" };
         let path = config.output_dir.join(name);
@@ -338,10 +338,10 @@ impl Run {
         manifest.steps = Some(self.progress.step);
         manifest.best_step = selection.exported().map(|best| best.step);
         if model.weights.is_trained() {
-            save_model(&path, &model.spec, &config.model, &model.params)?;
+            save_model(&path, &model.spec, &config.model, model.params())?;
         } else {
             write_folder(&path, |dir| {
-                fill_adapter(dir, settings, &model.adapters, &model.params, manifest)?;
+                fill_adapter(dir, settings, &model.adapters, model.params(), manifest)?;
                 if reference.is_empty() {
                     return Ok(());
                 }

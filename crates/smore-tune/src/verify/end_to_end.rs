@@ -148,7 +148,7 @@ impl EndToEnd {
     /// # Errors
     /// If training fails.
     pub fn compute(&mut self) -> Result<Tensors> {
-        self.model.params.clone_from(&self.start);
+        self.model.params_mut().clone_from(&self.start);
         match &self.work {
             Work::Batch(fixture) => Ok(fixture.compute(&self.model, &self.recording)),
             Work::Run(run) => run.compute(&mut self.model, &mut self.recording),

@@ -1,13 +1,13 @@
 //! LoRA (Hu et al. 2021): y += (alpha / r) B A x.
 
 use super::dropout::Stack;
-use super::{Adapter, MapAdapter, Mode};
+use super::{Adapter, Halved, MapAdapter, Mode};
 use crate::init;
 use crate::kernel::AdapterKernels;
 use crate::layout::{LoraLayout, Param};
 use crate::spec::LoraSpec;
 use rand::Rng;
-use smore_engine::{View, ViewMut};
+use smore_engine::{MatrixRef, View, ViewMut};
 
 /// LoRA on one linear map.
 pub struct Lora {
@@ -29,7 +29,7 @@ impl Lora {
     }
 }
 
-/// A x, `[n, r]`.
+/// A x, `[n, r]`; of a token in decoding, times the scale.
 pub struct LoraSaved<D: AdapterKernels> {
     down: D::Buf,
 }
@@ -62,6 +62,31 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
             self.stack().project(device, mode.dropout, params.at(0..self.layout.up), None, x);
         let down_mat = View::new(&down, n * rank).mat(n, rank);
         device.gemm(scale, down_mat, b.t(), 1.0, y.mat(n, d_out));
+        LoraSaved { down }
+    }
+
+    fn halved(&self, device: &D, w: MatrixRef<D>, params: View<D>) -> Option<Halved<D>> {
+        let (LoraSpec { d_in, d_out, rank, .. }, up) = (self.spec, self.layout.up);
+        Some(Halved {
+            down: device.halved(w, params.at(0..up), rank, d_in)?,
+            up: device.halved(w, params.at(up..self.layout.len), d_out, rank)?,
+        })
+    }
+
+    fn forward_token(
+        &self,
+        device: &D,
+        _params: View<D>,
+        halved: &Halved<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> LoraSaved<D> {
+        let rank = self.spec.rank;
+        let mut down = device.unwritten(rank);
+        let mut view = ViewMut::new(&mut down, rank);
+        device.linear(x, MatrixRef::Frozen(&halved.down), None, view.rb(), 1, false);
+        device.scale(self.spec.scale, view.rb());
+        device.linear(view.view(), MatrixRef::Frozen(&halved.up), None, y, 1, true);
         LoraSaved { down }
     }
 

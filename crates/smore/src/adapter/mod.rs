@@ -16,7 +16,15 @@ use crate::kernel::{AdapterKernels, GateNoise, Routing};
 use crate::layout::Param;
 use crate::tree::Removal;
 use rand::Rng;
-use smore_engine::{View, ViewMut};
+use smore_engine::{Device, MatrixRef, View, ViewMut};
+
+/// An adapter's matrices in 16 bits.
+pub struct Halved<D: Device> {
+    /// Down factors, `[ranks, d_in]`
+    down: D::Weight,
+    /// What gives the output, `[d_out, width]`
+    up: D::Weight,
+}
 
 /// What a pass is for.
 #[derive(Clone, Copy)]
@@ -29,6 +37,8 @@ pub struct Mode<'a> {
     pub dropout: Option<InputDropout>,
     /// What is taken out of one adapter's trees, to see what it does. No training step has it.
     pub removed: Option<Removed<'a>>,
+    /// Whether tokens come one by one, so that [`MapAdapter::halved`] pays.
+    pub decoding: bool,
 }
 
 /// A removal at one of a model's adapters.
@@ -43,7 +53,7 @@ pub struct Removed<'a> {
 impl Mode<'_> {
     /// A pass that is no training step, over tokens that all count.
     pub fn plain() -> Self {
-        Self { valid: None, noise: None, dropout: None, removed: None }
+        Self { valid: None, noise: None, dropout: None, removed: None, decoding: false }
     }
 }
 
@@ -103,6 +113,25 @@ pub trait MapAdapter<D: AdapterKernels>: Adapter {
         x: View<D>,
         y: ViewMut<D>,
     ) -> Self::Saved;
+
+    /// The adapter's matrices as a token in decoding reads them where `w`, the map itself, is stored in 16
+    /// bits: reading is what takes the time there. `None` where it reads its parameters.
+    fn halved(&self, _device: &D, _w: MatrixRef<D>, _params: View<D>) -> Option<Halved<D>> {
+        None
+    }
+
+    /// [`MapAdapter::forward`] of a single token, with what [`MapAdapter::halved`] gave. What chooses
+    /// experts is read in full.
+    fn forward_token(
+        &self,
+        device: &D,
+        params: View<D>,
+        _halved: &Halved<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> Self::Saved {
+        self.forward(device, Mode::plain(), params, x, y)
+    }
 
     /// Adds parameter gradients to `grads` and, where wanted, the input's to `dx`. The balance
     /// loss enters times `balance_scale`. Of `saved` only the routing is left: slopes may take the
@@ -197,6 +226,31 @@ impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
             Self::Smore(a) => AnySaved::Smore(a.forward(device, mode, params, x, y)),
             Self::Lora(a) => AnySaved::Lora(a.forward(device, mode, params, x, y)),
             Self::HydraLora(a) => AnySaved::HydraLora(a.forward(device, mode, params, x, y)),
+        }
+    }
+
+    fn halved(&self, device: &D, w: MatrixRef<D>, params: View<D>) -> Option<Halved<D>> {
+        match self {
+            Self::Smore(a) => a.halved(device, w, params),
+            Self::Lora(a) => a.halved(device, w, params),
+            Self::HydraLora(a) => a.halved(device, w, params),
+        }
+    }
+
+    fn forward_token(
+        &self,
+        device: &D,
+        params: View<D>,
+        halved: &Halved<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> AnySaved<D> {
+        match self {
+            Self::Smore(a) => AnySaved::Smore(a.forward_token(device, params, halved, x, y)),
+            Self::Lora(a) => AnySaved::Lora(a.forward_token(device, params, halved, x, y)),
+            Self::HydraLora(a) => {
+                AnySaved::HydraLora(a.forward_token(device, params, halved, x, y))
+            }
         }
     }
 

@@ -10,7 +10,7 @@
 //! stack.
 
 use super::dropout::{InputDropout, Stack};
-use super::{Adapter, MapAdapter, Mode, Noise};
+use super::{Adapter, Halved, MapAdapter, Mode, Noise};
 use crate::config::GateKind;
 use crate::init;
 use crate::kernel::{AdapterKernels, BLOCK, GateNoise, Pass, Routing};
@@ -77,33 +77,53 @@ impl Smore {
     ) -> SmoreSaved<D> {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
-        let alone = n == 1 && dropout.is_none() && pass.removed.is_none() && !spec.bottom_up();
-        let mut z = if alone {
-            device.unwritten(width)
-        } else {
-            let at = layout.stack_bias;
-            let (stack, biases) = (params.at(0..at), params.at(at..at + width));
-            self.stack().project(device, dropout, stack, Some(biases), x)
-        };
-        let out = params.at(layout.output_proj..layout.output_bias);
-        let out = MatrixRef::Trained(out, spec.d_out, root);
-        let bias = Some(params.at(layout.output_bias..layout.core));
+        if n == 1 && dropout.is_none() && pass.removed.is_none() && !spec.bottom_up() {
+            return self.token(device, pass, params, None, x, y);
+        }
+        let at = layout.stack_bias;
+        let (stack, biases) = (params.at(0..at), params.at(at..at + width));
+        let z = self.stack().project(device, dropout, stack, Some(biases), x);
+        let (out, bias) = (self.output(params), Some(params.at(layout.output_bias..layout.core)));
         let room = n.min(TOKENS);
         let (mut hidden, mut routed) = (device.unwritten(room * root), Vec::new());
         for first in (0..n).step_by(TOKENS) {
             let m = TOKENS.min(n - first);
             let mut hidden = ViewMut::new(&mut hidden, room * root).at(0..m * root);
-            if alone {
-                let z = ViewMut::new(&mut z, width);
-                routed.push(device.token_forward(pass, params, x, z, hidden.rb()));
-            } else {
-                let z = View::new(&z, n * width).at(first * width..(first + m) * width);
-                routed.extend(device.tree_forward(pass, params, first, z, hidden.rb()));
-            }
+            let z = View::new(&z, n * width).at(first * width..(first + m) * width);
+            routed.extend(device.tree_forward(pass, params, first, z, hidden.rb()));
             let y = y.rb().at(first * spec.d_out..(first + m) * spec.d_out);
             device.linear(hidden.view(), out, bias, y, m, true);
         }
         SmoreSaved { z, routing: Routing::of(spec, &routed) }
+    }
+
+    /// A single token, of whose tree alone the experts are read.
+    fn token<D: AdapterKernels>(
+        &self,
+        device: &D,
+        pass: &Pass<D::Elem>,
+        params: View<D>,
+        halved: Option<&Halved<D>>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> SmoreSaved<D> {
+        let (spec, layout) = (&self.spec, &self.layout);
+        let (width, root) = (spec.stack_width(), spec.root_width());
+        let (mut z, mut hidden) = (device.unwritten(width), device.unwritten(root));
+        let mut embedding = ViewMut::new(&mut hidden, root);
+        let down = halved.map(|halved| &halved.down);
+        let z_view = ViewMut::new(&mut z, width);
+        let routed = device.token_forward(pass, params, down, x, z_view, embedding.rb());
+        let out = halved.map_or_else(|| self.output(params), |h| MatrixRef::Frozen(&h.up));
+        let bias = Some(params.at(layout.output_bias..layout.core));
+        device.linear(embedding.view(), out, bias, y, 1, true);
+        SmoreSaved { z, routing: Routing::of(spec, &[routed]) }
+    }
+
+    /// W_proj, `[d_out, d_L]`
+    fn output<'a, D: AdapterKernels>(&self, params: View<'a, D>) -> MatrixRef<'a, D> {
+        let at = self.layout.output_proj..self.layout.output_bias;
+        MatrixRef::Trained(params.at(at), self.spec.d_out, self.spec.root_width())
     }
 
     /// Backward with the noise given instead of drawn; see [`MapAdapter::backward`].
@@ -200,6 +220,32 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
             removed: mode.removed.map(|r| r.what),
         };
         self.forward_pass(device, &pass, mode.dropout, params, x, y)
+    }
+
+    fn halved(&self, device: &D, w: MatrixRef<D>, params: View<D>) -> Option<Halved<D>> {
+        let (spec, layout) = (&self.spec, &self.layout);
+        if spec.bottom_up() {
+            return None;
+        }
+        let (ranks, root) = (spec.stacked_ranks(), spec.root_width());
+        let out = params.at(layout.output_proj..layout.output_bias);
+        Some(Halved {
+            down: device.halved(w, params.at(0..ranks * spec.d_in), ranks, spec.d_in)?,
+            up: device.halved(w, out, spec.d_out, root)?,
+        })
+    }
+
+    fn forward_token(
+        &self,
+        device: &D,
+        params: View<D>,
+        halved: &Halved<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> SmoreSaved<D> {
+        let (spec, layout) = (&self.spec, &self.layout);
+        let pass = Pass { spec, layout, valid: None, noise: None, removed: None };
+        self.token(device, &pass, params, Some(halved), x, y)
     }
 
     fn backward(

@@ -175,7 +175,7 @@ impl Trajectory {
             }
         }
         for (key, (range, shape)) in &self.params {
-            let values = model.params[range.clone()].iter().map(|&x| f64::from(x)).collect();
+            let values = model.params()[range.clone()].iter().map(|&x| f64::from(x)).collect();
             out.insert(format!("final.{key}"), Tensor { shape: shape.clone(), values });
         }
         out.retain(|name, _| recording.expected.contains_key(name));
