@@ -11,6 +11,7 @@ pub mod cpu;
 pub mod device;
 pub mod float;
 pub mod matrix;
+pub mod scratch;
 pub mod team;
 
 pub use buffer::{Mat, MatMut, View, ViewMut};
@@ -20,3 +21,4 @@ pub use device::{
 };
 pub use float::Float;
 pub use matrix::{Dtype, HostMatrix};
+pub use scratch::Scratch;

@@ -1,8 +1,8 @@
 //! The pointwise non-linearities, forward and backward.
 
 use crate::config::Activation;
-use smore_engine::Float;
 use smore_engine::cpu::simd;
+use smore_engine::{Float, Scratch};
 
 /// An activation with its current slope, where it has one.
 #[derive(Clone, Copy)]
@@ -24,9 +24,9 @@ impl<T: Float> Act<T> {
     }
 
     /// y = sigma(x), in the place of x where [`Act::backward`] does without x: it is empty then.
-    pub(crate) fn forward(self, x: &mut Vec<T>) -> Vec<T> {
+    pub(crate) fn forward(self, x: &mut Scratch<T>) -> Scratch<T> {
         let kept = matches!(self, Self::Prelu(_));
-        let mut y = if kept { x.clone() } else { std::mem::take(x) };
+        let mut y = if kept { Scratch::copy(x) } else { std::mem::take(x) };
         simd!(match self {
             Self::Identity => {}
             Self::Relu => map(&mut y, |x| if x > T::ZERO { x } else { T::ZERO }),

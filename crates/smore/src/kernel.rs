@@ -14,8 +14,7 @@ use crate::router::{self, BalanceSlopes, Gate, LayerStats, noisy};
 use crate::spec::SmoreSpec;
 use crate::tree::{Removal, ResidualTree};
 use smore_engine::cpu::chosen_rows;
-use smore_engine::{Cpu, Device, Float, HostMatrix, MatrixRef, View, ViewMut, team};
-use std::borrow::Cow;
+use smore_engine::{Cpu, Device, Float, HostMatrix, MatrixRef, Scratch, View, ViewMut, team};
 use std::ops::Range;
 
 /// Tokens whose intermediate values are alive at once, per thread, and whose parameter gradients are
@@ -364,7 +363,7 @@ pub fn hidden_states<T: Float>(
     let (mut layers, mut hidden) = (Vec::new(), Vec::new());
     for l in 0..pass.spec.depth() {
         let values = propagate::forward(&core, l, n, z, &tree, layers.last_mut());
-        hidden.push(values.hidden.clone());
+        hidden.push(values.hidden.to_vec());
         layers.push(values);
     }
     hidden
@@ -453,21 +452,25 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         // As many blocks at a time as there are threads: their sums are all that is held, and they
         // are added in the order of the blocks, however many that are.
         let threads = rayon::current_num_threads().min(hidden.len().div_ceil(BLOCK * root));
-        let mut parts = vec![vec![T::ZERO; core.layout.core_len()]; threads];
+        let len = core.layout.core_len();
+        let mut parts = Scratch::zeros(threads * len);
         let wave = BLOCK * threads.max(1);
         let grads = &mut Self::slice_mut(grads)[core.layout.core..];
         // Slopes by unit keys are turned into those by keys when all are there: on their own.
-        let mut apart = vec![T::ZERO; if core.unit_keys.is_empty() { 0 } else { grads.len() }];
+        let mut apart = Scratch::zeros(if core.unit_keys.is_empty() { 0 } else { len });
         let waves = z.chunks_mut(wave * width).zip(hidden.chunks_mut(wave * root));
         for (w, (z, hidden)) in waves.enumerate() {
             let blocks = z.chunks_mut(BLOCK * width).zip(hidden.chunks_mut(BLOCK * root));
-            team::each(blocks.zip(&mut parts).enumerate(), |(i, ((z, hidden), grads))| {
-                let token = first + w * wave + i * BLOCK;
-                let tree = routing.tree.tokens(spec, token, hidden.len() / root);
-                grads.fill(T::ZERO);
-                backward_block(&core, pass, token, tree, z, hidden, &slopes, grads);
-            });
-            for part in &parts[..hidden.len().div_ceil(BLOCK * root)] {
+            team::each(
+                blocks.zip(parts.chunks_exact_mut(len)).enumerate(),
+                |(i, ((z, hidden), grads))| {
+                    let token = first + w * wave + i * BLOCK;
+                    let tree = routing.tree.tokens(spec, token, hidden.len() / root);
+                    grads.fill(T::ZERO);
+                    backward_block(&core, pass, token, tree, z, hidden, &slopes, grads);
+                },
+            );
+            for part in parts.chunks_exact(len).take(hidden.len().div_ceil(BLOCK * root)) {
                 router::add_to(if apart.is_empty() { &mut *grads } else { &mut apart }, part);
             }
         }
@@ -524,11 +527,11 @@ fn backward_block<T: Float>(
         z.chunks_exact_mut(spec.stack_width()).for_each(|z| z[columns.clone()].fill(T::ZERO));
     };
     rows(z, 0..view);
-    let (mut dhidden, mut dweights) = (Cow::Borrowed(&*hidden), Vec::new());
+    let (mut dhidden, mut dweights) = (Scratch::copy(hidden), Vec::new());
     for (l, values) in layers.into_iter().enumerate().rev() {
         let (dweight, dbelow) = propagate::backward(core, l, n, &tree, values, &dhidden, grads, z);
         dweights.push(dweight);
-        dhidden = Cow::Owned(dbelow);
+        dhidden = dbelow;
     }
     hidden.copy_from_slice(&embedding);
     drop(embedding);
@@ -560,7 +563,7 @@ fn backward_bottom_up<T: Float>(
     let embedding = std::mem::take(&mut layers[spec.depth() - 1].hidden);
     let seen = z[view..].to_vec();
     z.fill(T::ZERO);
-    let mut dhidden = Cow::Borrowed(&*hidden);
+    let mut dhidden = Scratch::copy(hidden);
     for (l, (routed, values)) in routed.into_iter().zip(layers).enumerate().rev() {
         let (mut dweight, mut dbelow) =
             propagate::backward(core, l, n, &tree, values, &dhidden, grads, z);
@@ -580,7 +583,7 @@ fn backward_bottom_up<T: Float>(
             dview,
             &mut dbelow,
         );
-        dhidden = Cow::Owned(dbelow);
+        dhidden = dbelow;
     }
     hidden.copy_from_slice(&embedding);
 }

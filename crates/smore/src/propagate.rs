@@ -15,8 +15,8 @@ use crate::config::ActivationPosition;
 use crate::kernel::Core;
 use crate::router::add_to;
 use crate::tree::ResidualTree;
-use smore_engine::Float;
 use smore_engine::cpu::{Strided, StridedMut, dot, gemm, simd};
+use smore_engine::{Float, Scratch};
 
 /// One layer's values for a block, kept for the backward pass.
 pub(crate) struct LayerValues<T> {
@@ -27,23 +27,23 @@ pub(crate) struct LayerValues<T> {
     /// Token of each row
     token_of: Vec<u32>,
     /// z of each row, `[rows, r]`
-    inputs: Vec<T>,
+    inputs: Scratch<T>,
     /// u of each row, `[rows, d_{l+1}]`; empty where sigma stands on it, whose backward pass does
     /// without
-    residuals: Vec<T>,
+    residuals: Scratch<T>,
     /// The children's outputs as each node takes them, where sigma stands on them and its backward
     /// pass needs its argument, `[n * nodes, d_l]`
-    taken: Vec<T>,
+    taken: Scratch<T>,
     /// What W_l multiplies: the children's outputs, through sigma where it stands on the child,
     /// `[n * nodes, d_l]`; empty at the leaves
-    below: Vec<T>,
+    below: Scratch<T>,
     /// W x + bias at each node (`child`), or the argument of sigma (`all`) where its backward pass
     /// needs it, `[n * nodes, d_{l+1}]`
-    inner: Vec<T>,
+    inner: Scratch<T>,
     /// sigma at each node for `all`, `[n * nodes, d_{l+1}]`, else empty
-    outer: Vec<T>,
+    outer: Scratch<T>,
     /// The layer's output for every parent, `[n * parents, d_{l+1}]`, until the layer above takes it
-    pub(crate) hidden: Vec<T>,
+    pub(crate) hidden: Scratch<T>,
 }
 
 const NONE: u32 = u32::MAX;
@@ -103,13 +103,13 @@ fn active_experts<T: Float>(
         row_of,
         first_row,
         token_of,
-        inputs: vec![],
-        residuals: vec![],
-        taken: vec![],
-        below: vec![],
-        inner: vec![],
-        outer: vec![],
-        hidden: vec![],
+        inputs: Scratch::default(),
+        residuals: Scratch::default(),
+        taken: Scratch::default(),
+        below: Scratch::default(),
+        inner: Scratch::default(),
+        outer: Scratch::default(),
+        hidden: Scratch::default(),
     }
 }
 
@@ -119,8 +119,8 @@ fn residuals<T: Float>(core: &Core<T>, l: usize, z: &[T], values: &mut LayerValu
     let (rank, width, stride) = (layer.rank, layer.width, core.spec.stack_width());
     let scale = T::from_f64(layer.scale);
     let rows = values.token_of.len();
-    values.inputs = vec![T::ZERO; rows * rank];
-    values.residuals = vec![T::ZERO; rows * width];
+    values.inputs = Scratch::zeros(rows * rank);
+    values.residuals = Scratch::zeros(rows * width);
     for expert in 0..layer.experts {
         let (first, last) = (values.first_row[expert], values.first_row[expert + 1]);
         let inputs = &mut values.inputs[first * rank..last * rank];
@@ -147,7 +147,7 @@ fn transform_children<T: Float>(
     l: usize,
     n: usize,
     tree: &ResidualTree<T>,
-    children: Vec<T>,
+    children: Scratch<T>,
     values: &mut LayerValues<T>,
 ) {
     let layer = &core.spec.layers[l];
@@ -155,10 +155,10 @@ fn transform_children<T: Float>(
     let mut taken = children;
     if tree.layers[l].source.is_some() {
         let (children, rows) = (taken, core.spec.layers[l - 1].parents);
-        taken = Vec::with_capacity(nodes * below);
-        for node in 0..nodes {
+        taken = Scratch::zeros(nodes * below);
+        for (node, taken) in taken.chunks_exact_mut(below).enumerate() {
             let row = source(core, l, tree, node, rows);
-            taken.extend_from_slice(&children[row * below..][..below]);
+            taken.copy_from_slice(&children[row * below..][..below]);
         }
     }
     if core.spec.position == ActivationPosition::All {
@@ -168,7 +168,7 @@ fn transform_children<T: Float>(
         values.taken = taken;
     }
     let (w, bias) = core.transform(l);
-    values.inner = bias.repeat(nodes);
+    values.inner = Scratch::repeat(bias, nodes);
     let target = StridedMut::new(&mut values.inner, nodes, width);
     let w = Strided::new(w, width, below);
     gemm(false, T::ONE, Strided::new(&values.below, nodes, below), w.t(), T::ONE, target);
@@ -184,11 +184,11 @@ fn aggregate<T: Float>(
 ) {
     let layer = &core.spec.layers[l];
     let width = layer.width;
-    values.hidden = vec![T::ZERO; n * layer.parents * width];
+    values.hidden = Scratch::zeros(n * layer.parents * width);
     let all = core.spec.position == ActivationPosition::All;
     if all {
         if values.inner.is_empty() {
-            values.inner = vec![T::ZERO; n * layer.nodes * width];
+            values.inner = Scratch::zeros(n * layer.nodes * width);
         }
         let residuals = std::mem::take(&mut values.residuals);
         let LayerValues { row_of, inner, .. } = values;
@@ -256,7 +256,7 @@ pub(crate) fn backward<T: Float>(
     dhidden: &[T],
     grads: &mut [T],
     dz: &mut [T],
-) -> (Vec<T>, Vec<T>) {
+) -> (Scratch<T>, Scratch<T>) {
     let (dweight, dinner) = match core.spec.position {
         ActivationPosition::All => split_all(core, l, tree, &mut values, dhidden, grads),
         _ => split_child(core, l, tree, &mut values, dhidden),
@@ -265,7 +265,7 @@ pub(crate) fn backward<T: Float>(
     let dbelow = if l > 0 {
         transform_backward(core, l, n, tree, &mut values, &dinner, grads)
     } else {
-        Vec::new()
+        Scratch::default()
     };
     (dweight, dbelow)
 }
@@ -279,16 +279,16 @@ fn split_all<T: Float>(
     values: &mut LayerValues<T>,
     dhidden: &[T],
     grads: &mut [T],
-) -> (Vec<T>, Vec<T>) {
+) -> (Scratch<T>, Scratch<T>) {
     let layer = &core.spec.layers[l];
     let (width, act) = (layer.width, core.act(l));
-    let mut dweight = vec![T::ZERO; tree.layers[l].gate_weight.len()];
+    let mut dweight = Scratch::zeros(tree.layers[l].gate_weight.len());
     let mut dinner = std::mem::take(&mut values.outer);
-    let mut dresiduals = vec![T::ZERO; values.token_of.len() * width];
+    let mut dresiduals = Scratch::zeros(values.token_of.len() * width);
     let mut dslope = T::ZERO;
     simd!({
-        let mut slopes = vec![T::ZERO; width];
-        let weights = tree.layers[l].gate_weight.iter().zip(&mut dweight);
+        let mut slopes = Scratch::zeros(width);
+        let weights = tree.layers[l].gate_weight.iter().zip(dweight.iter_mut());
         for (node, ((&weight, dweight), outer)) in
             weights.zip(dinner.chunks_exact_mut(width)).enumerate()
         {
@@ -316,13 +316,13 @@ fn split_child<T: Float>(
     tree: &ResidualTree<T>,
     values: &mut LayerValues<T>,
     dhidden: &[T],
-) -> (Vec<T>, Vec<T>) {
+) -> (Scratch<T>, Scratch<T>) {
     let layer = &core.spec.layers[l];
     let width = layer.width;
     let weights = &tree.layers[l].gate_weight;
-    let mut dweight = vec![T::ZERO; weights.len()];
-    let mut dinner = vec![T::ZERO; weights.len() * width];
-    let mut dresiduals = vec![T::ZERO; values.residuals.len()];
+    let mut dweight = Scratch::zeros(weights.len());
+    let mut dinner = Scratch::zeros(weights.len() * width);
+    let mut dresiduals = Scratch::zeros(values.residuals.len());
     let LayerValues { row_of, residuals, inner, .. } = &*values;
     simd!({
         for (node, dinner) in dinner.chunks_exact_mut(width).enumerate() {
@@ -409,7 +409,7 @@ fn transform_backward<T: Float>(
     values: &mut LayerValues<T>,
     dinner: &[T],
     grads: &mut [T],
-) -> Vec<T> {
+) -> Scratch<T> {
     let layer = &core.spec.layers[l];
     let (nodes, width, below) = (n * layer.nodes, layer.width, layer.width_below);
     if let Some((at, at_bias)) = core.layout.layers[l].transform {
@@ -423,7 +423,7 @@ fn transform_backward<T: Float>(
     let all = core.spec.position == ActivationPosition::All;
     // In the place of what W multiplied, where sigma does not ask for it.
     let mut dbelow =
-        if all { std::mem::take(&mut values.below) } else { vec![T::ZERO; nodes * below] };
+        if all { std::mem::take(&mut values.below) } else { Scratch::zeros(nodes * below) };
     let w = Strided::new(core.transform(l).0, width, below);
     let target = StridedMut::new(&mut dbelow, nodes, below);
     gemm(false, T::ONE, Strided::new(dinner, nodes, width), w, T::ZERO, target);
@@ -435,7 +435,7 @@ fn transform_backward<T: Float>(
         return dbelow;
     }
     let rows = core.spec.layers[l - 1].parents;
-    let mut dchildren = vec![T::ZERO; n * rows * below];
+    let mut dchildren = Scratch::zeros(n * rows * below);
     for (node, d) in dbelow.chunks_exact(below).enumerate() {
         let row = source(core, l, tree, node, rows);
         add_to(&mut dchildren[row * below..][..below], d);

@@ -6,14 +6,13 @@
 
 #[allow(clippy::wildcard_imports, reason = "a kernel is written in them")]
 use std::arch::x86_64::*;
-use std::cell::RefCell;
 use std::sync::LazyLock;
 
 use super::gemm::{Shared, StridedMut};
 use super::packing::{
     LANES, Operand, Powers, Stretch, Words, largest, mask, pack_halves, pack_pairs, pack_wide,
 };
-use crate::team;
+use crate::{Scratch, team};
 
 /// Rows and columns of the tile whose sums stay in registers: 24 of 32.
 const ROWS: usize = 12;
@@ -101,7 +100,7 @@ pub(super) fn product(
     let all = Stretch { first: 0, length: depth };
     let stretches: Vec<Stretch> = all.pieces(DEPTH * words.elements()).collect();
     let stretches_at_once = (LEFT / (rows_at_once * words_deep)).clamp(1, stretches.len().max(1));
-    let mut left = Room::of(stretches_at_once * blocks_at_once * high_room);
+    let mut left = Scratch::unwritten(stretches_at_once * blocks_at_once * high_room);
     let width = n.div_ceil(threads).next_multiple_of(COLS).min(WIDTH);
     let across = n.div_ceil(width);
     for top in (0..m).step_by(rows_at_once) {
@@ -111,17 +110,17 @@ pub(super) fn product(
         let high = rows.div_ceil((TASKS * threads).div_ceil(across)).max(TASK_ROWS);
         let high = high.next_multiple_of(ROWS);
         for stretches in stretches.chunks(stretches_at_once) {
-            let left = &mut left.words()[..stretches.len() * blocks * high_room];
+            let left = &mut left[..stretches.len() * blocks * high_room];
             team::each(left.chunks_mut(high_room).enumerate(), |(i, block)| {
                 let (stretch, line) = (stretches[i / blocks], top + i % blocks * ROWS);
                 // SAFETY: the words are available, and the operand was checked.
                 unsafe { pack(words, &a, line, stretch, block) };
             });
             let left = &*left;
-            let task = |room: &mut Room, task: usize| {
+            let task = |room: &mut Scratch<u32>, task: usize| {
                 let (from, row) = (task % across * width, task / across * high);
                 let cols = width.min(n - from);
-                let panels = &mut room.words()[..cols.div_ceil(COLS) * wide_room];
+                let panels = &mut room[..cols.div_ceil(COLS) * wide_room];
                 // This task's part of C stays in the second cache from stretch to stretch.
                 for (&stretch, left) in stretches.iter().zip(left.chunks_exact(blocks * high_room))
                 {
@@ -151,7 +150,7 @@ pub(super) fn product(
                 }
             };
             let tasks = 0..across * rows.div_ceil(high);
-            team::each_with(tasks, || Room::of(width / COLS * wide_room), task);
+            team::each_with(tasks, || Scratch::unwritten(width / COLS * wide_room), task);
         }
     }
 }
@@ -260,8 +259,8 @@ pub(super) fn product_here(
     let (stretch, steps) = (Stretch { first: 0, length: depth }, words.holding(depth));
     let [high_room, wide_room] = [ROWS, COLS].map(|width| words.room(width, steps));
     let left = m.div_ceil(ROWS) * high_room;
-    let mut room = Room::of(left + n.div_ceil(COLS) * wide_room);
-    let (left, right) = room.words().split_at_mut(left);
+    let mut room = Scratch::unwritten(left + n.div_ceil(COLS) * wide_room);
+    let (left, right) = room.split_at_mut(left);
     for (i, block) in left.chunks_exact_mut(high_room).enumerate() {
         // SAFETY: the words are available, and the operand was checked.
         unsafe { pack(words, &a, i * ROWS, stretch, block) };
@@ -290,45 +289,6 @@ unsafe fn multiply(words: Words, block: &[u32], panel: &[u32], tile: &Tile) {
             Words::Pairs => pairs(block, panel, tile),
             Words::Halves => halves(block, panel, tile),
         }
-    }
-}
-
-/// Words to pack into: of a thread, which keeps them for its next product. They hold what was there.
-pub(super) struct Room {
-    held: Vec<u32>,
-    len: usize,
-}
-
-thread_local! {
-    static ROOMS: RefCell<Vec<Vec<u32>>> = const { RefCell::new(Vec::new()) };
-}
-
-impl Room {
-    /// The smallest that is large enough, or else the largest, grown: rooms for a whole operand and
-    /// for a few columns do not turn into each other.
-    pub(super) fn of(len: usize) -> Self {
-        let mut held = ROOMS.with_borrow_mut(|rooms| {
-            let size = |&i: &usize| rooms[i].len();
-            let enough = (0..rooms.len()).filter(|i| size(i) >= len).min_by_key(size);
-            let best = enough.or_else(|| (0..rooms.len()).max_by_key(size));
-            best.map(|i| rooms.swap_remove(i)).unwrap_or_default()
-        });
-        if held.len() < len {
-            // Nothing in it is wanted: it need not move.
-            held.clear();
-            held.resize(len, 0);
-        }
-        Self { held, len }
-    }
-
-    pub(super) fn words(&mut self) -> &mut [u32] {
-        &mut self.held[..self.len]
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        ROOMS.with_borrow_mut(|rooms| rooms.push(std::mem::take(&mut self.held)));
     }
 }
 

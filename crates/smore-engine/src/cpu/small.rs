@@ -9,8 +9,9 @@ use std::arch::x86_64::*;
 use std::ops::Range;
 
 use super::gemm::{Strided, StridedMut};
-use super::packed::{Room, available};
+use super::packed::available;
 use super::packing::{LANES, Operand, Powers, Stretch, Words, mask, pack_wide};
+use crate::Scratch;
 
 /// Columns at a time: four registers of sums for each row.
 const WIDE: usize = 4 * LANES;
@@ -40,12 +41,12 @@ pub(super) fn product(alpha: f32, a: Strided<f32>, b: Strided<f32>, beta: f32, c
     c.check();
     let (n, depth) = (c.cols, a.cols);
     let padded = n.next_multiple_of(LANES);
-    let mut room = Room::of(if b.col_stride == 1 { 0 } else { depth * padded });
+    let mut room = Scratch::<u32>::unwritten(if b.col_stride == 1 { 0 } else { depth * padded });
     let (right, stride) = if b.col_stride == 1 {
         (b.data.as_ptr(), b.row_stride)
     } else {
         let lines = Operand::rows_of(b.t()).expect("contiguous columns");
-        let (words, stretch) = (room.words(), Stretch { first: 0, length: depth });
+        let (words, stretch) = (&mut room, Stretch { first: 0, length: depth });
         for line in (0..if depth > 0 { n } else { 0 }).step_by(LANES) {
             // SAFETY: the processor has the instructions, `b` was checked, and there is room for
             // every line.
@@ -53,7 +54,7 @@ pub(super) fn product(alpha: f32, a: Strided<f32>, b: Strided<f32>, beta: f32, c
                 pack_wide(&lines, line, stretch, &mut words[line..], padded, LANES, &Powers::ONE);
             }
         }
-        (words.as_ptr().cast::<f32>(), padded)
+        (room.as_ptr().cast::<f32>(), padded)
     };
     for col in (0..n).step_by(WIDE) {
         let cols = WIDE.min(n - col);

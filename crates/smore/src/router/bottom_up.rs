@@ -25,8 +25,8 @@ use crate::config::GateKind;
 use crate::kernel::Core;
 use crate::propagate::{self, LayerValues};
 use crate::tree::ResidualTree;
-use smore_engine::Float;
 use smore_engine::cpu::{Strided, StridedMut, gemm};
+use smore_engine::{Float, Scratch};
 
 /// Routes and propagates a block of `n` tokens. `z [n, stack_width]`.
 pub(crate) fn forward<T: Float>(
@@ -62,7 +62,7 @@ fn pair_gate<T: Float>(core: &Core<T>, l: usize) -> Gate {
 fn leaf_scores<T: Float>(core: &Core<T>, n: usize, view: &[T]) -> Query<T> {
     let layer = &core.spec.layers[0];
     let (s, width, parents) = (layer.experts, layer.key_width, layer.parents);
-    let mut logits = vec![T::ZERO; n * parents * s];
+    let mut logits = Scratch::zeros(n * parents * s);
     let x = Strided::rows_apart(view, n, width, core.spec.stack_width());
     for p in 0..parents {
         let keys = Strided::new(&core.params[leaf_keys(core, p)..], s, width);
@@ -83,10 +83,11 @@ fn pair_scores<T: Float>(core: &Core<T>, l: usize, n: usize, below: &LayerValues
     let layer = &core.spec.layers[l];
     let (embedding, key) = (layer.width_below, layer.key_width);
     let keys = &core.params[core.layout.layers[l].keys..][..layer.nodes * key];
-    let mut input = Vec::with_capacity(n * layer.nodes * (embedding + key));
-    for (row, x) in below.hidden.chunks_exact(embedding).enumerate() {
-        input.extend_from_slice(x);
-        input.extend_from_slice(&keys[row % layer.nodes * key..][..key]);
+    let mut input = Scratch::zeros(n * layer.nodes * (embedding + key));
+    let rows = input.chunks_exact_mut(embedding + key).zip(below.hidden.chunks_exact(embedding));
+    for (row, (input, x)) in rows.enumerate() {
+        input[..embedding].copy_from_slice(x);
+        input[embedding..].copy_from_slice(&keys[row % layer.nodes * key..][..key]);
     }
     network::forward_scores(core, l, n * layer.nodes, input)
 }

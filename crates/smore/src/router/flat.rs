@@ -46,7 +46,7 @@ pub(crate) fn route_backward<T: Float>(
     let scores = switch::forward(gate, logits, &mut layer, true);
     let slopes = scaled(&routing.slopes, balance_scale);
     let counts = |row| counts(valid, row);
-    switch::backward(gate, &scores, &layer, dweight, slopes.first(), counts)
+    switch::backward(gate, &scores, &layer, dweight, slopes.first(), counts).to_vec()
 }
 
 fn counts(valid: Option<&[bool]>, row: usize) -> bool {

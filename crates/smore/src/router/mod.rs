@@ -16,7 +16,7 @@ use crate::config::GateKind;
 use crate::kernel::Core;
 use crate::tree::ResidualTree;
 use network::Query;
-use smore_engine::Float;
+use smore_engine::{Float, Scratch};
 
 /// What the balance loss of one layer needs from all tokens together.
 #[derive(Clone, Debug, PartialEq)]
@@ -193,11 +193,11 @@ fn router_input<T: Float>(
     n: usize,
     view: &[T],
     tree: &ResidualTree<T>,
-) -> Vec<T> {
+) -> Scratch<T> {
     let spec = core.spec;
     let layer = &spec.layers[l];
     let (width, d_down, stride) = (layer.router_input, spec.gate.input_width, spec.stack_width());
-    let mut input = vec![T::ZERO; n * layer.parents * width];
+    let mut input = Scratch::zeros(n * layer.parents * width);
     for (row, input) in input.chunks_exact_mut(width).enumerate() {
         let (token, parent) = (row / layer.parents, row % layer.parents);
         input[..d_down].copy_from_slice(&view[token * stride..][..d_down]);

@@ -4,28 +4,35 @@ use super::add_to;
 use crate::activation::Act;
 use crate::config::GateKind;
 use crate::kernel::Core;
-use smore_engine::Float;
 use smore_engine::cpu::{Strided, StridedMut, gemm};
+use smore_engine::{Float, Scratch};
 
 /// A block's queries, with what the backward pass needs.
 pub(super) struct Query<T> {
     rows: usize,
     /// `[rows, router_input]`
-    pub(super) input: Vec<T>,
+    pub(super) input: Scratch<T>,
     /// `[rows, m]` before the activation, where its backward pass needs that
-    pre: Vec<T>,
+    pre: Scratch<T>,
     /// `[rows, m]` after it; empty in a linear router
-    hidden: Vec<T>,
+    hidden: Scratch<T>,
     /// `[rows, key_width]`; empty in a linear router, where the input is the query
-    output: Vec<T>,
+    output: Scratch<T>,
     /// `[rows, s]`; empty for the noisy gate, which normalises the query first
-    pub(super) logits: Vec<T>,
+    pub(super) logits: Scratch<T>,
 }
 
 impl<T> Query<T> {
     /// Logits that came without a network.
-    pub(super) fn of_logits(rows: usize, logits: Vec<T>) -> Self {
-        Self { rows, input: vec![], pre: vec![], hidden: vec![], output: vec![], logits }
+    pub(super) fn of_logits(rows: usize, logits: Scratch<T>) -> Self {
+        Self {
+            rows,
+            input: Scratch::default(),
+            pre: Scratch::default(),
+            hidden: Scratch::default(),
+            output: Scratch::default(),
+            logits,
+        }
     }
 
     /// `[rows, key_width]`
@@ -34,9 +41,14 @@ impl<T> Query<T> {
     }
 }
 
-pub(super) fn forward<T: Float>(core: &Core<T>, l: usize, rows: usize, input: Vec<T>) -> Query<T> {
+pub(super) fn forward<T: Float>(
+    core: &Core<T>,
+    l: usize,
+    rows: usize,
+    input: Scratch<T>,
+) -> Query<T> {
     let layer = &core.spec.layers[l];
-    let mut q = Query { input, ..Query::of_logits(rows, vec![]) };
+    let mut q = Query { input, ..Query::of_logits(rows, Scratch::default()) };
     if let Some(net) = &core.layout.layers[l].network {
         let m = layer.router_width;
         q.pre = affine(core, &q.input, rows, layer.router_input, net.first, net.first_bias, m);
@@ -44,7 +56,7 @@ pub(super) fn forward<T: Float>(core: &Core<T>, l: usize, rows: usize, input: Ve
         q.output = affine(core, &q.hidden, rows, m, net.second, net.second_bias, m);
     }
     if core.spec.gate.kind != GateKind::NoisyTopk {
-        let mut logits = vec![T::ZERO; rows * layer.experts];
+        let mut logits = Scratch::zeros(rows * layer.experts);
         let keys = Strided::new(core.keys(l), layer.experts, layer.key_width);
         let query = Strided::new(q.query(), rows, layer.key_width);
         let out = StridedMut::new(&mut logits, rows, layer.experts);
@@ -59,10 +71,10 @@ pub(super) fn forward_scores<T: Float>(
     core: &Core<T>,
     l: usize,
     rows: usize,
-    input: Vec<T>,
+    input: Scratch<T>,
 ) -> Query<T> {
     let layer = &core.spec.layers[l];
-    let mut q = Query { input, ..Query::of_logits(rows, vec![]) };
+    let mut q = Query { input, ..Query::of_logits(rows, Scratch::default()) };
     if let Some(net) = &core.layout.layers[l].network {
         let (m, s) = (layer.router_width, layer.experts);
         q.pre = affine(core, &q.input, rows, layer.router_input, net.first, net.first_bias, m);
@@ -77,9 +89,9 @@ pub(super) fn backward_scores<T: Float>(
     core: &Core<T>,
     l: usize,
     q: &Query<T>,
-    dlogits: Vec<T>,
+    dlogits: Scratch<T>,
     grads: &mut [T],
-) -> Vec<T> {
+) -> Scratch<T> {
     network_backward(core, l, q, dlogits, core.spec.layers[l].experts, grads)
 }
 
@@ -90,14 +102,14 @@ pub(super) fn backward<T: Float>(
     q: &Query<T>,
     dlogits: &[T],
     grads: &mut [T],
-) -> Vec<T> {
+) -> Scratch<T> {
     let layer = &core.spec.layers[l];
     let (rows, s, width) = (q.rows, layer.experts, layer.key_width);
     let dlogits = Strided::new(dlogits, rows, s);
     let at = core.layout.layers[l].keys;
     let dkeys = StridedMut::new(&mut grads[at..], s, width);
     gemm(false, T::ONE, dlogits.t(), Strided::new(q.query(), rows, width), T::ONE, dkeys);
-    let mut dquery = vec![T::ZERO; rows * width];
+    let mut dquery = Scratch::zeros(rows * width);
     let keys = Strided::new(core.keys(l), s, width);
     gemm(false, T::ONE, dlogits, keys, T::ZERO, StridedMut::new(&mut dquery, rows, width));
     backward_query(core, l, q, dquery, grads)
@@ -108,9 +120,9 @@ pub(super) fn backward_query<T: Float>(
     core: &Core<T>,
     l: usize,
     q: &Query<T>,
-    dquery: Vec<T>,
+    dquery: Scratch<T>,
     grads: &mut [T],
-) -> Vec<T> {
+) -> Scratch<T> {
     network_backward(core, l, q, dquery, core.spec.layers[l].router_width, grads)
 }
 
@@ -119,23 +131,23 @@ fn network_backward<T: Float>(
     core: &Core<T>,
     l: usize,
     q: &Query<T>,
-    doutput: Vec<T>,
+    doutput: Scratch<T>,
     width: usize,
     grads: &mut [T],
-) -> Vec<T> {
+) -> Scratch<T> {
     let layer = &core.spec.layers[l];
     let Some(net) = &core.layout.layers[l].network else {
         return doutput;
     };
     let (rows, m) = (q.rows, layer.router_width);
-    let mut dhidden = vec![T::ZERO; rows * m];
+    let mut dhidden = Scratch::zeros(rows * m);
     let second = (net.second, net.second_bias);
     affine_backward(core, &q.hidden, rows, m, second, width, &doutput, grads, &mut dhidden);
     let dslope = act(core, l).backward(&q.pre, &q.hidden, &mut dhidden);
     if let Some(slope) = net.slope {
         grads[slope] += dslope;
     }
-    let mut dinput = vec![T::ZERO; rows * layer.router_input];
+    let mut dinput = Scratch::zeros(rows * layer.router_input);
     let first = (net.first, net.first_bias);
     affine_backward(
         core,
@@ -165,9 +177,9 @@ fn affine<T: Float>(
     weight: usize,
     bias: usize,
     d_out: usize,
-) -> Vec<T> {
+) -> Scratch<T> {
     let bias = &core.params[bias..bias + d_out];
-    let mut y = bias.repeat(rows);
+    let mut y = Scratch::repeat(bias, rows);
     let w = Strided::new(&core.params[weight..], d_out, d_in);
     let out = StridedMut::new(&mut y, rows, d_out);
     gemm(false, T::ONE, Strided::new(x, rows, d_in), w.t(), T::ONE, out);

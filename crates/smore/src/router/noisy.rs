@@ -5,8 +5,8 @@ use super::network::{self, Query};
 use super::{BalanceSlopes, Gate, LayerStats, add_to, top};
 use crate::kernel::Core;
 use crate::tree::TreeLayer;
-use smore_engine::Float;
 use smore_engine::cpu::{Strided, StridedMut, gemm};
+use smore_engine::{Float, Scratch};
 
 /// Smallest standard deviation of the noise.
 const NOISE_FLOOR: f64 = 1e-2;
@@ -231,7 +231,7 @@ pub(super) fn backward<T: Float>(
     balance: Option<&BalanceSlopes>,
     counts: impl Fn(usize) -> bool,
     grads: &mut [T],
-) -> Vec<T> {
+) -> Scratch<T> {
     let layer = &core.spec.layers[l];
     let (s, f, width) = (gate.experts, gate.fanout, layer.key_width);
     let rows = scores.length.len();
@@ -266,7 +266,7 @@ pub(super) fn backward<T: Float>(
     let unit = Strided::new(&scores.unit_query, rows, width);
     let at = core.layout.layers[l].keys;
     gemm(false, T::ONE, dlogits.t(), unit, T::ONE, StridedMut::new(&mut grads[at..], s, width));
-    let mut dquery = vec![T::ZERO; rows * width];
+    let mut dquery = Scratch::zeros(rows * width);
     let keys = Strided::new(core.used_keys(l), s, width);
     gemm(false, T::ONE, dlogits, keys, T::ZERO, StridedMut::new(&mut dquery, rows, width));
     unit_rows_backward(&scores.unit_query, &scores.length, &mut dquery, width);

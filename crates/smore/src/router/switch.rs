@@ -4,12 +4,12 @@
 use super::{BalanceSlopes, Gate, LayerStats, top};
 use crate::config::GateKind;
 use crate::tree::TreeLayer;
-use smore_engine::Float;
+use smore_engine::{Float, Scratch};
 
 /// Softmax probabilities.
 pub(crate) struct Scores<T> {
     /// `[rows, width]`
-    probabilities: Vec<T>,
+    probabilities: Scratch<T>,
     /// What one parent chooses from
     width: usize,
 }
@@ -21,7 +21,7 @@ pub(super) fn forward<T: Float>(
     fixed: bool,
 ) -> Scores<T> {
     let (s, f) = (gate.experts, gate.fanout);
-    let mut probabilities = vec![T::ZERO; logits.len()];
+    let mut probabilities = Scratch::zeros(logits.len());
     let rows = logits.chunks_exact(s).zip(probabilities.chunks_exact_mut(s));
     let chosen = out.expert_idx.chunks_exact_mut(f).zip(out.gate_weight.chunks_exact_mut(f));
     for ((logits, p), (idx, weight)) in rows.zip(chosen) {
@@ -97,9 +97,9 @@ pub(super) fn backward<T: Float>(
     dweight: &[T],
     balance: Option<&BalanceSlopes>,
     counts: impl Fn(usize) -> bool,
-) -> Vec<T> {
+) -> Scratch<T> {
     let (s, f) = (gate.experts, gate.fanout);
-    let mut dlogits = vec![T::ZERO; scores.probabilities.len()];
+    let mut dlogits = Scratch::zeros(scores.probabilities.len());
     for (row, d) in dlogits.chunks_exact_mut(s).enumerate() {
         let p = &scores.probabilities[row * s..(row + 1) * s];
         let chosen = row * f..(row + 1) * f;
