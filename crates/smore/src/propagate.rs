@@ -21,11 +21,11 @@ use smore_engine::{Float, Scratch};
 /// One layer's values for a block, kept for the backward pass.
 pub(crate) struct LayerValues<T> {
     /// Row of `residuals` that holds u of (token, expert), `[n * s]`; `NONE` where it is not active
-    row_of: Vec<u32>,
+    row_of: Scratch<u32>,
     /// Rows of each expert: `first_row[n]..first_row[n + 1]`
-    first_row: Vec<usize>,
+    first_row: Scratch<usize>,
     /// Token of each row
-    token_of: Vec<u32>,
+    token_of: Scratch<u32>,
     /// z of each row, `[rows, r]`
     inputs: Scratch<T>,
     /// u of each row, `[rows, d_{l+1}]`; empty where sigma stands on it, whose backward pass does
@@ -82,23 +82,27 @@ fn active_experts<T: Float>(
 ) -> LayerValues<T> {
     let layer = &core.spec.layers[l];
     let s = layer.experts;
-    let mut row_of = vec![NONE; n * s];
+    let mut row_of = Scratch::repeat(&[NONE], n * s);
+    let mut rows = 0;
     for (node, &expert) in tree.layers[l].expert_idx.iter().enumerate() {
-        row_of[node / layer.nodes * s + usize::from(expert)] = 0;
+        let row = &mut row_of[node / layer.nodes * s + usize::from(expert)];
+        rows += usize::from(*row == NONE);
+        *row = 0;
     }
-    let mut first_row = Vec::with_capacity(s + 1);
-    let mut token_of = Vec::new();
+    let mut first_row = Scratch::zeros(s + 1);
+    let mut token_of = Scratch::zeros(rows);
+    let mut rows = 0;
     for expert in 0..s {
-        first_row.push(token_of.len());
         for token in 0..n {
             let row = &mut row_of[token * s + expert];
             if *row != NONE {
-                *row = token_of.len() as u32;
-                token_of.push(token as u32);
+                *row = rows as u32;
+                token_of[rows] = token as u32;
+                rows += 1;
             }
         }
+        first_row[expert + 1] = rows;
     }
-    first_row.push(token_of.len());
     LayerValues {
         row_of,
         first_row,

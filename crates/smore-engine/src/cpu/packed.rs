@@ -23,8 +23,8 @@ const DEPTH: usize = 512;
 const WIDTH: usize = 128;
 /// Steps of depth, a page each at worst, that the panels of a task read one after the other.
 const NEAR: usize = 32;
-/// Words of the left operand that are packed at a time.
-const LEFT: usize = 1 << 19;
+/// Words of the left operand that are packed at a time: 1,032 rows of a stretch, with their powers of two.
+const LEFT: usize = 86 * ROWS * (DEPTH + 1);
 /// Tasks of a thread, so that one whose core is busy with other things leaves some to the others.
 const TASKS: usize = 4;
 /// The fewest rows for which a task packs columns that another one packs, too.
@@ -95,12 +95,13 @@ pub(super) fn product(
     let (words_deep, threads) =
         (DEPTH.min(words.holding(depth)).max(1), rayon::current_num_threads());
     let [high_room, wide_room] = [ROWS, COLS].map(|width| words.room(width, words_deep));
-    let rows_at_once = (LEFT / words_deep).next_multiple_of(ROWS).min(m);
-    let blocks_at_once = rows_at_once.div_ceil(ROWS);
+    let blocks_at_once = (LEFT / high_room).min(m.div_ceil(ROWS));
+    let rows_at_once = (blocks_at_once * ROWS).min(m);
     let all = Stretch { first: 0, length: depth };
     let stretches: Vec<Stretch> = all.pieces(DEPTH * words.elements()).collect();
-    let stretches_at_once = (LEFT / (rows_at_once * words_deep)).clamp(1, stretches.len().max(1));
-    let mut left = Scratch::unwritten(stretches_at_once * blocks_at_once * high_room);
+    let of_stretch = blocks_at_once * high_room;
+    let stretches_at_once = (LEFT / of_stretch.max(1)).clamp(1, stretches.len().max(1));
+    let mut left = Scratch::unwritten(stretches_at_once * of_stretch);
     let width = n.div_ceil(threads).next_multiple_of(COLS).min(WIDTH);
     let across = n.div_ceil(width);
     for top in (0..m).step_by(rows_at_once) {

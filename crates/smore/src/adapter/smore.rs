@@ -20,8 +20,8 @@ use rand::Rng;
 use smore_engine::{MatrixRef, View, ViewMut};
 
 /// Tokens whose embeddings, or slopes by them, are alive at once: they are short-lived, and there
-/// are long sequences.
-const TOKENS: usize = 7 * BLOCK;
+/// are long sequences. So many blocks keep as many threads busy, and two to eight of them evenly.
+const TOKENS: usize = 16 * BLOCK;
 
 /// S'MoRE on one linear map.
 pub struct Smore {
