@@ -49,14 +49,6 @@ impl<'a, T> Strided<'a, T> {
         }
     }
 
-    /// Some of its rows and columns.
-    pub(super) fn part(self, rows: Range<usize>, cols: Range<usize>) -> Self {
-        let first = rows.start * self.row_stride + cols.start * self.col_stride;
-        // Of nothing there may be no first element.
-        let data = self.data.get(first..).unwrap_or(&[]);
-        Self { data, rows: rows.len(), cols: cols.len(), ..self }
-    }
-
     /// The same in f32, if `T` is that.
     pub(super) fn cast(self) -> Option<Strided<'a, f32>>
     where
@@ -147,14 +139,6 @@ pub(super) fn product<T: Float>(
     beta: T,
     c: StridedMut<T>,
 ) {
-    #[cfg(target_arch = "x86_64")]
-    if let (Some(left), Some(right)) = (a.cast(), b.cast())
-        && a.rows * a.cols * b.cols >= PARALLEL_FROM
-        && small::serves_narrow(&left, &right)
-    {
-        let (alpha, beta) = (alpha.to_f64() as f32, beta.to_f64() as f32);
-        return small::narrow(alpha, left, right, beta, c.cast().expect("f32"));
-    }
     #[cfg(target_arch = "x86_64")]
     if let least = a.rows.min(a.cols).min(b.cols)
         && least >= SLIM

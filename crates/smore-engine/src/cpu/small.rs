@@ -1,4 +1,4 @@
-//! Products of matrices that lie in a core's own cache, or with few columns, on processors with AVX-512.
+//! Products of matrices that lie in a core's own cache, on processors with AVX-512.
 //!
 //! There a general product spends its time on laying out operands and on choosing how. Here A and C are
 //! used where they lie, and so is B where its rows are contiguous; else B is transposed first. Every
@@ -8,10 +8,10 @@
 use std::arch::x86_64::*;
 use std::ops::Range;
 
-use super::gemm::{Shared, Strided, StridedMut};
+use super::gemm::{Strided, StridedMut};
 use super::packed::available;
 use super::packing::{LANES, Operand, Powers, Stretch, Words, mask, pack_wide};
-use crate::{Scratch, team};
+use crate::Scratch;
 
 /// Columns at a time: four registers of sums for each row.
 const WIDE: usize = 4 * LANES;
@@ -39,56 +39,7 @@ pub(super) fn product(alpha: f32, a: Strided<f32>, b: Strided<f32>, beta: f32, c
     a.check();
     b.check();
     c.check();
-    // SAFETY: the checks above.
-    unsafe { into(alpha, a, b, beta, c.data.as_mut_ptr(), c.row_stride) };
-}
-
-/// Rows and depth of a task of [`narrow`]: tiles end with the rows, and B's part lies in the second cache.
-const TASK: [usize; 2] = [132, 512];
-
-/// Whether [`narrow`] takes such operands: packing rows of A would take as long as what few columns make
-/// of them.
-pub(super) fn serves_narrow(a: &Strided<f32>, b: &Strided<f32>) -> bool {
-    let right = b.col_stride == 1 || (b.row_stride == 1 && a.rows >= ROWS);
-    available(Words::Wide) && a.col_stride == 1 && right && b.cols <= WIDE
-}
-
-/// As [`product`] on all threads, for few columns and whatever depth.
-///
-/// # Panics
-/// As [`product`].
-pub(super) fn narrow(alpha: f32, a: Strided<f32>, b: Strided<f32>, beta: f32, c: StridedMut<f32>) {
-    assert_eq!((a.rows, a.cols, b.cols), (c.rows, b.rows, c.cols), "shapes of a narrow product");
-    assert!(serves_narrow(&a, &b), "operands of a narrow product");
-    a.check();
-    b.check();
-    c.check();
-    let ([rows, steps], (m, depth)) = (TASK, (a.rows, a.cols));
-    let out = Shared(c.data.as_mut_ptr());
-    team::each((0..m).step_by(rows), |first| {
-        let rows = first..m.min(first + rows);
-        for step in (0..depth.max(1)).step_by(steps) {
-            let part = step..depth.min(step + steps);
-            let beta = if step == 0 { beta } else { 1.0 };
-            let (a, b) = (a.part(rows.clone(), part.clone()), b.part(part, 0..c.cols));
-            // SAFETY: the checks above; tasks write apart from each other.
-            unsafe { into(alpha, a, b, beta, out.at(first * c.row_stride), c.row_stride) };
-        }
-    });
-}
-
-/// # Safety
-/// The operands were checked, B is one that [`serves`] or [`serves_narrow`] allows, and `c` points to rows
-/// that nobody else reads or writes, `row_stride` apart, of as many columns as B has.
-unsafe fn into(
-    alpha: f32,
-    a: Strided<f32>,
-    b: Strided<f32>,
-    beta: f32,
-    c: *mut f32,
-    row_stride: usize,
-) {
-    let (n, depth) = (b.cols, a.cols);
+    let (n, depth) = (c.cols, a.cols);
     let padded = n.next_multiple_of(LANES);
     let mut room = Scratch::<u32>::unwritten(if b.col_stride == 1 { 0 } else { depth * padded });
     let (right, stride) = if b.col_stride == 1 {
@@ -107,12 +58,13 @@ unsafe fn into(
     };
     for col in (0..n).step_by(WIDE) {
         let cols = WIDE.min(n - col);
+        let at = c.data.as_mut_ptr().wrapping_add(col);
         let part = Part {
             a,
             b: right.wrapping_add(col),
             stride,
-            c: c.wrapping_add(col),
-            row_stride,
+            c: at,
+            row_stride: c.row_stride,
             cols,
             alpha,
             beta,
@@ -267,50 +219,6 @@ mod tests {
                 let between = i * (n + 2) + n..(i + 1) * (n + 2);
                 let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&c[between.clone()]), bits(&before[between]));
-            }
-        }
-    }
-
-    /// Beyond one task's rows and depth, both ways round, against sums in f64; and the same bits for any
-    /// number of threads and wherever a row stands.
-    #[test]
-    fn narrow_products_agree_for_any_number_of_threads() {
-        let [rows, steps] = TASK;
-        for (m, n, k) in [(1, 1, 1), (rows + 5, 64, 40), (2 * rows + 3, 17, 2 * steps + 9)] {
-            for (turned, beta) in [(false, 0.0), (true, 1.0), (false, -0.5), (true, 0.0)] {
-                let (a, b) = (numbers((m + 3) * (k + 3), 1), numbers((n + 3) * (k + 3), 2));
-                let (a, b) = (strided(&a, m, k, false), strided(&b, k, n, turned));
-                if !serves_narrow(&a, &b) {
-                    assert!(!serving() || turned && m == 1);
-                    continue;
-                }
-                let before = numbers(m * n, 3);
-                let run = |threads: usize, rows: Range<usize>| {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-                    let mut c = before[rows.start * n..rows.end * n].to_vec();
-                    let (a, to) =
-                        (a.part(rows.clone(), 0..k), StridedMut::new(&mut c, rows.len(), n));
-                    pool.build().unwrap().install(|| narrow(0.5, a, b, beta, to));
-                    c
-                };
-                let all = run(1, 0..m);
-                for i in (0..m).step_by(7) {
-                    for j in 0..n {
-                        let at = |s: &Strided<f32>, r: usize, c: usize| {
-                            f64::from(s.data[r * s.row_stride + c * s.col_stride])
-                        };
-                        let terms = || (0..k).map(|l| at(&a, i, l) * at(&b, l, j));
-                        let want = 0.5 * terms().sum::<f64>() + f64::from(beta * before[i * n + j]);
-                        let size = 1.0 + terms().map(f64::abs).sum::<f64>();
-                        let got = f64::from(all[i * n + j]);
-                        assert!((got - want).abs() < 1e-6 * size, "{m} {n} {k}: {got}, not {want}");
-                    }
-                }
-                assert!(all == run(2, 0..m) && all == run(3, 0..m));
-                let some = m / 3..m;
-                if some.len() >= ROWS {
-                    assert!(run(2, some.clone()) == all[some.start * n..]);
-                }
             }
         }
     }
