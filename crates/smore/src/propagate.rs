@@ -83,14 +83,14 @@ fn active_experts<T: Float>(
     let layer = &core.spec.layers[l];
     let s = layer.experts;
     let mut row_of = Scratch::repeat(&[NONE], n * s);
-    let mut rows = 0;
+    let mut pairs = 0;
     for (node, &expert) in tree.layers[l].expert_idx.iter().enumerate() {
         let row = &mut row_of[node / layer.nodes * s + usize::from(expert)];
-        rows += usize::from(*row == NONE);
+        pairs += usize::from(*row == NONE);
         *row = 0;
     }
     let mut first_row = Scratch::zeros(s + 1);
-    let mut token_of = Scratch::zeros(rows);
+    let mut token_of = Scratch::zeros(pairs);
     let mut rows = 0;
     for expert in 0..s {
         for token in 0..n {
