@@ -180,6 +180,17 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
         up: ViewMut<Self>,
     );
 
+    /// As [`Device::gated`], of what was kept.
+    fn gated_kept(&self, act: GateActivation, gate: &Self::Kept, up: &Self::Kept, y: ViewMut<Self>);
+    /// Gradients of [`Device::gated_kept`] by gate and by up.
+    fn gated_kept_backward(
+        &self,
+        act: GateActivation,
+        dy: View<Self>,
+        gate: Self::Kept,
+        up: Self::Kept,
+    ) -> [Self::Buf; 2];
+
     /// Cross-entropy of the output head at the rows that are trained, and its gradients.
     ///
     /// `targets` lists (row of h, target token). Returns the loss of each, in f64; see

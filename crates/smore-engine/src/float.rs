@@ -147,7 +147,8 @@ impl Float for f64 {
     }
 }
 
-/// e^x = 2^n e^r with |r| <= ln 2 / 2 and the minimax polynomial of Cephes' `expf`.
+/// e^x = 2^n e^r with |r| <= ln 2 / 2 and the minimax polynomial of Cephes' `expf`, in fused multiply-adds:
+/// a third fewer instructions, but for processors of before 2013, which have none and call a function.
 #[inline(always)]
 fn exp_f32(x: f32) -> f32 {
     // Adding 1.5 * 2^23 leaves round(x) in the low mantissa bits: a rounding that vectorises.
@@ -156,16 +157,14 @@ fn exp_f32(x: f32) -> f32 {
     // Comparisons, not min/max, so that a NaN stays a NaN.
     let capped = if x > 88.0 { 88.0 } else { x };
     let capped = if capped < LOWEST { LOWEST } else { capped };
-    let shifted = capped * std::f32::consts::LOG2_E + MAGIC;
+    let shifted = capped.mul_add(std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
-    let r = capped - n * 0.693_359_4 - n * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_2e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 5.0e-1;
-    let e_r = p * r * r + r + 1.0;
+    let r = n.mul_add(2.121_944_4e-4, n.mul_add(-0.693_359_4, capped));
+    let mut p = 1.987_569_1e-4f32;
+    for coefficient in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 5.0e-1] {
+        p = p.mul_add(r, coefficient);
+    }
+    let e_r = p.mul_add(r * r, r + 1.0);
     let exponent = shifted.to_bits().wrapping_sub(MAGIC.to_bits()).wrapping_add(127);
     let value = e_r * f32::from_bits(exponent << 23);
     let value = if x < LOWEST { 0.0 } else { value };

@@ -137,6 +137,12 @@ fn gated_with(act: GateActivation, by_definition: impl Fn(f64) -> f64) {
     }
     let (mut dgate, mut dup) = (gate.clone(), up.clone());
     DEV().gated_backward(act, v(&g), m(&mut dgate), m(&mut dup));
+    let kept = || [&gate, &up].map(|x| DEV().keep_copy(v(x)));
+    let ([gate_kept, up_kept], mut y) = (kept(), vec![0.0; 40]);
+    DEV().gated_kept(act, &gate_kept, &up_kept, m(&mut y));
+    assert_eq!(y, forward(&gate, &up));
+    let of_kept = DEV().gated_kept_backward(act, v(&g), gate_kept, up_kept);
+    assert_eq!(of_kept, [dgate.clone(), dup.clone()]);
     check("gate", &gate, &dgate, |gate| inner(&forward(gate, &up), &g));
     check("up", &up, &dup, |up| inner(&forward(&gate, up), &g));
 }

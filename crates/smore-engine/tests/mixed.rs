@@ -2,7 +2,7 @@
 //! faster, and exactly what `Cpu::new` computes elsewhere.
 
 use smore_engine::{
-    AttentionShape, Cpu, Device, Dtype, HostMatrix, MatrixRef, Span, View, ViewMut,
+    AttentionShape, Cpu, Device, Dtype, GateActivation, HostMatrix, MatrixRef, Span, View, ViewMut,
 };
 
 fn numbers(n: usize, seed: u64) -> Vec<f32> {
@@ -97,6 +97,28 @@ fn sums_are_kept_in_f32() {
     let (x, mut y) = (vec![1.0; n * d], vec![0.0; n * n]);
     Cpu::mixed().linear(v(&x), MatrixRef::Frozen(&w), None, m(&mut y), n, false);
     assert!(y.iter().all(|&y| y == 4001.0));
+}
+
+/// What was kept in bf16 is what comes back from there, element by element, over pieces and a rest.
+#[test]
+fn a_gate_that_was_kept_gives_what_it_gives_recalled() {
+    let (device, n) = (Cpu::<f32>::mixed(), 40_000);
+    let (gate, up, dy) = (numbers(n, 8), numbers(n, 9), numbers(n, 10));
+    let kept = || [&gate, &up].map(|x| device.keep_copy(v(x)));
+    let [mut gate_back, mut up_back] = kept().map(|x| device.recall(x));
+    assert!(gate_back != gate && up_back != up, "rounded");
+    for act in [GateActivation::Silu, GateActivation::GeluTanh] {
+        let [gate, up] = kept();
+        let (mut y, mut want) = (vec![0.0; n], vec![0.0; n]);
+        device.gated_kept(act, &gate, &up, m(&mut y));
+        device.gated(act, v(&gate_back), v(&up_back), m(&mut want));
+        assert!(y == want, "{act:?}");
+        let slopes = device.gated_kept_backward(act, v(&dy), gate, up);
+        let before = [gate_back.clone(), up_back.clone()];
+        device.gated_backward(act, v(&dy), m(&mut gate_back), m(&mut up_back));
+        assert!(slopes == [gate_back, up_back], "{act:?}");
+        [gate_back, up_back] = before;
+    }
 }
 
 #[test]

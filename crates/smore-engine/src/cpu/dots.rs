@@ -11,10 +11,13 @@ use crate::Dtype;
 /// where the processor has no instructions for it. Each sum has the same order whatever `R` and the
 /// number of tokens are.
 ///
+/// `next` is asked for meanwhile, as long as the rows are: the processor itself stops at the end of a page.
+///
 /// # Shapes
 /// rows `[R, d_in]`, x `[n, d_in]` for n up to 4, out `[R, n]`
 pub(super) fn group<const R: usize>(
     rows: [&[u8]; R],
+    next: [*const u8; R],
     dtype: Dtype,
     x: &[f32],
     d_in: usize,
@@ -28,27 +31,29 @@ pub(super) fn group<const R: usize>(
         Dtype::Bf16 => of_storage::<Bf16, R>,
         Dtype::F16 => of_storage::<F16, R>,
     };
-    of_dtype(rows, x, d_in, n, out)
+    of_dtype(rows, next, x, d_in, n, out)
 }
 
 fn of_storage<S: Storage, const R: usize>(
     rows: [&[u8]; R],
+    next: [*const u8; R],
     x: &[f32],
     d_in: usize,
     n: usize,
     out: &mut [f32],
 ) -> bool {
     match n {
-        1 => of_tokens::<S, R, 1>(rows, x, d_in, out),
-        2 => of_tokens::<S, R, 2>(rows, x, d_in, out),
-        3 => of_tokens::<S, R, 3>(rows, x, d_in, out),
-        4 => of_tokens::<S, R, 4>(rows, x, d_in, out),
+        1 => of_tokens::<S, R, 1>(rows, next, x, d_in, out),
+        2 => of_tokens::<S, R, 2>(rows, next, x, d_in, out),
+        3 => of_tokens::<S, R, 3>(rows, next, x, d_in, out),
+        4 => of_tokens::<S, R, 4>(rows, next, x, d_in, out),
         _ => false,
     }
 }
 
 fn of_tokens<S: Storage, const R: usize, const N: usize>(
     rows: [&[u8]; R],
+    next: [*const u8; R],
     x: &[f32],
     d_in: usize,
     out: &mut [f32],
@@ -56,12 +61,12 @@ fn of_tokens<S: Storage, const R: usize, const N: usize>(
     // SAFETY: the processor has the instructions; `group` has compared the shapes.
     let sums = unsafe {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512vl") {
-            avx512::<S, R, N>(rows, x, d_in)
+            avx512::<S, R, N>(rows, next, x, d_in)
         } else if is_x86_feature_detected!("avx2")
             && is_x86_feature_detected!("fma")
             && is_x86_feature_detected!("f16c")
         {
-            avx2::<S, R, N>(rows, x, d_in)
+            avx2::<S, R, N>(rows, next, x, d_in)
         } else {
             return false;
         }
@@ -164,10 +169,6 @@ impl Storage for F16 {
     }
 }
 
-/// How many bytes ahead of the sums rows are asked for, at least: the processor itself stops at the
-/// end of a page.
-const AHEAD: usize = 1 << 14;
-
 macro_rules! kernel {
     ($name:ident, $features:literal, $lanes:literal, $load:ident, $zero:ident, $loadu:ident,
      $fmadd:ident, $storeu:ident) => {
@@ -175,22 +176,21 @@ macro_rules! kernel {
         #[target_feature(enable = $features)]
         unsafe fn $name<S: Storage, const R: usize, const N: usize>(
             rows: [&[u8]; R],
+            next: [*const u8; R],
             x: &[f32],
             d_in: usize,
         ) -> [[f32; N]; R] {
             let mut lanes = [[$zero(); N]; R];
             let whole = d_in - d_in % $lanes;
-            // Behind the rows of this group lie those of the next.
-            let ahead = (R * d_in * S::BYTES).max(AHEAD);
             for at in (0..whole).step_by($lanes) {
                 let mut w = [$zero(); R];
                 for r in 0..R {
                     // SAFETY: `at` and the lanes after it are inside the row; a prefetch may go
                     // anywhere.
                     unsafe {
-                        let at = rows[r].as_ptr().add(at * S::BYTES);
-                        w[r] = S::$load(at);
-                        _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(ahead).cast());
+                        w[r] = S::$load(rows[r].as_ptr().add(at * S::BYTES));
+                        let next = next[r].wrapping_add(at * S::BYTES);
+                        _mm_prefetch::<_MM_HINT_T1>(next.cast());
                     }
                 }
                 for i in 0..N {

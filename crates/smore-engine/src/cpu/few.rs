@@ -13,6 +13,8 @@ pub(super) const FEW_TOKENS: usize = 4;
 /// Rows that go together: as many streams from memory keep more of it busy than one, and each
 /// piece of x is loaded once for all.
 const GROUP: usize = 4;
+/// How many bytes ahead of the sums rows that follow each other are asked for, at least.
+const AHEAD: usize = 1 << 14;
 
 /// y = x W^T + bias, + y where `accumulate`, for up to [`FEW_TOKENS`] tokens.
 pub(super) fn forward<T: Float>(
@@ -23,14 +25,21 @@ pub(super) fn forward<T: Float>(
     n: usize,
     accumulate: bool,
 ) {
-    const ROWS: usize = 32;
+    /// Rows of a task at least and at most, where a row is short.
+    const ROWS: [usize; 2] = [32, 256];
+    /// Bytes of a task, so that handing it out costs little.
+    const BYTES: usize = 1 << 16;
     let (d_out, d_in) = shape(w);
+    let task = (BYTES / (stored(w, 0, 1).0.len()).max(1)).clamp(ROWS[0], ROWS[1]);
     // Outputs from `first` on, [rows, n].
     let products = |first: usize, out: &mut [T]| {
         let rows = out.len() / n;
         let (bytes, stored) = stored(w, first, rows);
         let width = bytes.len() / rows;
-        let row = |r: usize| &bytes[r * width..(r + 1) * width];
+        let row = |r: usize| {
+            let row = &bytes[r * width..(r + 1) * width];
+            (row, row.as_ptr().wrapping_add((GROUP * width).max(AHEAD)))
+        };
         let (fours, rest) = out.split_at_mut(rows / GROUP * GROUP * n);
         for (i, out) in fours.chunks_exact_mut(GROUP * n).enumerate() {
             group([0, 1, 2, 3].map(|r| row(i * GROUP + r)), stored, x, d_in, out);
@@ -44,20 +53,20 @@ pub(super) fn forward<T: Float>(
         *y = if accumulate { *y + product } else { product };
     };
     if n == 1 {
-        team::each(y.chunks_mut(ROWS).enumerate(), |(i, y)| {
-            let mut sums = [T::ZERO; ROWS];
+        team::each(y.chunks_mut(task).enumerate(), |(i, y)| {
+            let mut sums = [T::ZERO; ROWS[1]];
             let sums = &mut sums[..y.len()];
-            products(i * ROWS, sums);
+            products(i * task, sums);
             for (r, (y, &sum)) in y.iter_mut().zip(sums.iter()).enumerate() {
-                write(y, i * ROWS + r, sum);
+                write(y, i * task + r, sum);
             }
         });
         return;
     }
     // [d_out, n]: each task owns consecutive outputs of all tokens.
     let mut transposed = vec![T::ZERO; d_out * n];
-    let tasks = transposed.chunks_mut(ROWS * n).enumerate();
-    team::each(tasks, |(i, out)| products(i * ROWS, out));
+    let tasks = transposed.chunks_mut(task * n).enumerate();
+    team::each(tasks, |(i, out)| products(i * task, out));
     for (o, column) in transposed.chunks_exact(n).enumerate() {
         for (i, &value) in column.iter().enumerate() {
             write(&mut y[i * d_out + o], o, value);
@@ -77,14 +86,17 @@ pub fn chosen_rows<T: Float>(w: MatrixRef<Cpu<T>>, rows: &[usize], x: &[T], out:
     assert_eq!(shape(&w).1, d_in, "inputs of chosen rows");
     team::each(out.chunks_mut(ROWS).zip(rows.chunks(ROWS)), |(out, rows)| {
         let row = |r: usize| stored(&w, r, 1);
-        let (fours, rest) = rows.as_chunks::<GROUP>();
-        let (out_fours, out_rest) = out.as_chunks_mut::<GROUP>();
-        for (rows, out) in fours.iter().zip(out_fours) {
-            group(rows.map(|r| row(r).0), row(0).1, x, d_in, out);
+        // Those of the next group; behind the last there is nothing worth asking for.
+        let place = |i: usize| rows.get(i + GROUP).or(rows.get(i)).map_or(0, |&r| r);
+        let with_next = |i: usize| (row(rows[i]).0, row(place(i)).0.as_ptr());
+        let stored = row(0).1;
+        let (fours, rest) = out.as_chunks_mut::<GROUP>();
+        for (i, out) in fours.iter_mut().enumerate() {
+            group([0, 1, 2, 3].map(|r| with_next(i * GROUP + r)), stored, x, d_in, out);
         }
-        for (&r, out) in rest.iter().zip(out_rest) {
-            let (row, stored) = row(r);
-            group([row], stored, x, d_in, std::slice::from_mut(out));
+        let first = fours.len() * GROUP;
+        for (i, out) in rest.iter_mut().enumerate() {
+            group([with_next(first + i)], stored, x, d_in, std::slice::from_mut(out));
         }
     });
 }
@@ -115,19 +127,22 @@ fn stored<'a, T: Float>(
     }
 }
 
-/// The products of `R` rows with every token of `x [n, d_in]`: `out [R, n]`. Each sum has the same
-/// order whatever `R` and n are.
+/// The products of `R` rows with every token of `x [n, d_in]`: `out [R, n]`. Beside each row stands what is
+/// read soon. Each sum has the same order whatever `R` and n are.
 fn group<T: Float, const R: usize>(
-    rows: [&[u8]; R],
+    rows: [(&[u8], *const u8); R],
     stored: Stored,
     x: &[T],
     d_in: usize,
     out: &mut [T],
 ) {
     #[cfg(target_arch = "x86_64")]
+    let next = rows.map(|(_, next)| next);
+    let rows = rows.map(|(row, _)| row);
+    #[cfg(target_arch = "x86_64")]
     if let (Stored::As(dtype), true) = (stored, size_of::<T>() == size_of::<f32>()) {
         let (x, out) = (bytemuck::cast_slice(x), bytemuck::cast_slice_mut(out));
-        if dots::group(rows, dtype, x, d_in, out) {
+        if dots::group(rows, next, dtype, x, d_in, out) {
             return;
         }
     }

@@ -1,6 +1,7 @@
 //! The gated activation of an FFN: SwiGLU and GeGLU (Shazeer 2020).
 
-use super::elementwise::CHUNK;
+use super::elementwise::{CHUNK, unwritten};
+use super::kept::{Kept, Stored};
 use super::simd::simd;
 use crate::{Float, GateActivation, team};
 
@@ -57,40 +58,116 @@ impl Act for GeluTanh {
 }
 
 pub(super) fn forward<T: Float>(act: GateActivation, gate: &[T], up: &[T], y: &mut [T]) {
-    match act {
-        GateActivation::Silu => forward_with::<T, Silu>(gate, up, y),
-        GateActivation::GeluTanh => forward_with::<T, GeluTanh>(gate, up, y),
+    assert!(y.len() == gate.len() && y.len() == up.len(), "gated shapes");
+    forward_pieces(act, gate.chunks(CHUNK), up.chunks(CHUNK), y);
+}
+
+/// As [`forward`], of what was kept.
+pub(super) fn forward_kept<T: Float>(
+    act: GateActivation,
+    gate: &Kept<T>,
+    up: &Kept<T>,
+    y: &mut [T],
+) {
+    match (gate, up) {
+        (Kept::Whole(gate), Kept::Whole(up)) => forward(act, gate, up, y),
+        (Kept::Halves(gate), Kept::Halves(up)) => {
+            assert!([gate, up].map(|x| elements(x)) == [y.len(); 2], "gated shapes");
+            let [gate, up] = [gate, up].map(|pieces| pieces.iter().map(Vec::as_slice));
+            forward_pieces(act, gate, up, y);
+        }
+        _ => unreachable!("a device keeps all alike"),
     }
 }
 
-fn forward_with<T: Float, A: Act>(gate: &[T], up: &[T], y: &mut [T]) {
-    let inputs = gate.chunks(CHUNK).zip(up.chunks(CHUNK));
-    team::each(y.chunks_mut(CHUNK).zip(inputs), |(y, (gate, up))| {
-        simd!({
-            for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
-                *y = A::value(g) * u;
-            }
-        });
+fn elements(pieces: &[Vec<u16>]) -> usize {
+    pieces.iter().map(Vec::len).sum()
+}
+
+/// Pieces of `CHUNK` elements.
+fn forward_pieces<'a, T: Float, E: Stored<T> + 'a>(
+    act: GateActivation,
+    gate: impl Iterator<Item = &'a [E]>,
+    up: impl Iterator<Item = &'a [E]>,
+    y: &mut [T],
+) {
+    let pieces = y.chunks_mut(CHUNK).zip(gate.zip(up));
+    match act {
+        GateActivation::Silu => team::each(pieces, values::<T, E, Silu>),
+        GateActivation::GeluTanh => team::each(pieces, values::<T, E, GeluTanh>),
+    }
+}
+
+fn values<T: Float, E: Stored<T>, A: Act>((y, (gate, up)): (&mut [T], (&[E], &[E]))) {
+    simd!({
+        for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
+            *y = A::value(g.widened()) * u.widened();
+        }
     });
 }
 
 /// In place: gate and up become the slopes by them.
 pub(super) fn backward<T: Float>(act: GateActivation, dy: &[T], gate: &mut [T], up: &mut [T]) {
+    assert!(dy.len() == gate.len() && dy.len() == up.len(), "gated shapes");
+    let slopes = gate.chunks_mut(CHUNK).zip(up.chunks_mut(CHUNK));
+    let pieces = slopes.zip(dy.chunks(CHUNK));
     match act {
-        GateActivation::Silu => backward_with::<T, Silu>(dy, gate, up),
-        GateActivation::GeluTanh => backward_with::<T, GeluTanh>(dy, gate, up),
+        GateActivation::Silu => team::each(pieces, slopes_in_place::<T, Silu>),
+        GateActivation::GeluTanh => team::each(pieces, slopes_in_place::<T, GeluTanh>),
     }
 }
 
-fn backward_with<T: Float, A: Act>(dy: &[T], gate: &mut [T], up: &mut [T]) {
-    assert!(dy.len() == gate.len() && dy.len() == up.len(), "gated shapes");
-    let slopes = gate.chunks_mut(CHUNK).zip(up.chunks_mut(CHUNK));
-    team::each(slopes.zip(dy.chunks(CHUNK)), |((gate, up), dy)| {
-        simd!({
-            for ((g, u), &dy) in gate.iter_mut().zip(up).zip(dy) {
-                let (value, slope) = A::value_and_slope(*g);
-                (*g, *u) = (dy * *u * slope, dy * value);
-            }
-        });
+fn slopes_in_place<T: Float, A: Act>(((gate, up), dy): ((&mut [T], &mut [T]), &[T])) {
+    simd!({
+        for ((g, u), &dy) in gate.iter_mut().zip(up).zip(dy) {
+            (*g, *u) = slopes::<T, A>(dy, *g, *u);
+        }
+    });
+}
+
+/// Those by gate and up.
+#[inline(always)]
+fn slopes<T: Float, A: Act>(dy: T, gate: T, up: T) -> (T, T) {
+    let (value, slope) = A::value_and_slope(gate);
+    (dy * up * slope, dy * value)
+}
+
+/// The slopes by a gate and an up that were kept.
+pub(super) fn backward_kept<T: Float>(
+    act: GateActivation,
+    dy: &[T],
+    gate: Kept<T>,
+    up: Kept<T>,
+) -> [Vec<T>; 2] {
+    let (gate, up) = match (gate, up) {
+        (Kept::Whole(mut gate), Kept::Whole(mut up)) => {
+            backward(act, dy, &mut gate, &mut up);
+            return [gate, up];
+        }
+        (Kept::Halves(gate), Kept::Halves(up)) => (gate, up),
+        _ => unreachable!("a device keeps all alike"),
+    };
+    assert!([&gate, &up].map(|x| elements(x)) == [dy.len(); 2], "gated shapes");
+    let [mut dgate, mut dup] = [(); 2].map(|()| unwritten(dy.len()));
+    let written = dgate.chunks_mut(CHUNK).zip(dup.chunks_mut(CHUNK));
+    let pieces = written.zip(dy.chunks(CHUNK).zip(gate.into_iter().zip(up)));
+    match act {
+        GateActivation::Silu => team::each(pieces, slopes_of_kept::<T, Silu>),
+        GateActivation::GeluTanh => team::each(pieces, slopes_of_kept::<T, GeluTanh>),
+    }
+    [dgate, dup]
+}
+
+/// A piece of the slopes by gate and up.
+type Written<'a, T> = (&'a mut [T], &'a mut [T]);
+/// A piece of dy, and of gate and up as they were kept.
+type Read<'a, T> = (&'a [T], (Vec<u16>, Vec<u16>));
+
+fn slopes_of_kept<T: Float, A: Act>(((dgate, dup), (dy, (gate, up))): (Written<T>, Read<T>)) {
+    simd!({
+        let inputs = dy.iter().zip(gate.iter().zip(&up));
+        for ((dg, du), (&dy, (&g, &u))) in dgate.iter_mut().zip(dup).zip(inputs) {
+            (*dg, *du) = slopes::<T, A>(dy, g.widened(), u.widened());
+        }
     });
 }

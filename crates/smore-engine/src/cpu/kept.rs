@@ -13,6 +13,26 @@ pub enum Kept<T> {
     Halves(Vec<Vec<u16>>),
 }
 
+/// An element as it is stored.
+pub(super) trait Stored<T>: Copy + Send + Sync {
+    fn widened(self) -> T;
+}
+
+impl<T: Float> Stored<T> for T {
+    #[inline(always)]
+    fn widened(self) -> T {
+        self
+    }
+}
+
+/// The upper half of an f32.
+impl<T: Float> Stored<T> for u16 {
+    #[inline(always)]
+    fn widened(self) -> T {
+        T::from_f32(f32::from_bits(u32::from(self) << 16))
+    }
+}
+
 /// Rounds every element.
 pub(super) fn halves<T: Float>(x: &[T]) -> Kept<T> {
     // Made by one thread: those that ask the allocator at the same time wait for each other.
@@ -41,7 +61,7 @@ impl<T: Float> Kept<T> {
         team::each(x.chunks_mut(CHUNK).zip(pieces), |(x, piece)| {
             simd!({
                 for (x, &half) in x.iter_mut().zip(&piece) {
-                    *x = T::from_f32(f32::from_bits(u32::from(half) << 16));
+                    *x = half.widened();
                 }
             });
         });

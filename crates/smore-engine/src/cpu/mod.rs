@@ -339,6 +339,20 @@ impl<T: Float> Device for Cpu<T> {
         gated::backward(act, Self::slice(dy), Self::slice_mut(gate), Self::slice_mut(up));
     }
 
+    fn gated_kept(&self, act: GateActivation, gate: &Kept<T>, up: &Kept<T>, y: ViewMut<Self>) {
+        gated::forward_kept(act, gate, up, Self::slice_mut(y));
+    }
+
+    fn gated_kept_backward(
+        &self,
+        act: GateActivation,
+        dy: View<Self>,
+        gate: Kept<T>,
+        up: Kept<T>,
+    ) -> [Vec<T>; 2] {
+        gated::backward_kept(act, Self::slice(dy), gate, up)
+    }
+
     fn cross_entropy(
         &self,
         h: View<Self>,

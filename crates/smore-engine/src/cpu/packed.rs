@@ -4,6 +4,7 @@
 //! order in which the innermost loop reads it (`packing`). Every sum runs over its depth in one order,
 //! whatever the number of threads and of rows.
 
+use std::arch::asm;
 #[allow(clippy::wildcard_imports, reason = "a kernel is written in them")]
 use std::arch::x86_64::*;
 use std::sync::LazyLock;
@@ -327,35 +328,59 @@ macro_rules! steps {
     };
 }
 
-/// The product of one stretch for one tile.
-macro_rules! tile {
-    ($name:ident, $features:literal, $add:expr) => {
-        #[target_feature(enable = $features)]
-        unsafe fn $name(a: &[u32], b: &[u32], c: &Tile) {
-            let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
-            steps!(a, b, |a: &[u32], b: [__m512i; 2]| {
-                for r in 0..ROWS {
-                    let a = _mm512_set1_epi32(a[r].cast_signed());
-                    sums[r][0] = $add(sums[r][0], a, b[0]);
-                    sums[r][1] = $add(sums[r][1], a, b[1]);
-                }
-            });
-            // SAFETY: as promised by the caller.
-            unsafe { store(&sums, c) };
+/// A step of depth for the rows named, whose element of A is spread by both instructions that use it. Spread
+/// once beforehand, as the other rows' is, it costs an instruction more; so for all rows, it costs more loads
+/// than the processor has time for (docs/performance.md).
+macro_rules! spread_where_used {
+    ($sums:ident, $a:ident, $b:ident, $($r:literal)*) => {$({
+        let [low, high] = &mut $sums[$r];
+        // SAFETY: reads word r of A and nothing else.
+        unsafe {
+            asm!(
+                "vfmadd231ps {low}, {b_low}, dword ptr [{a} + {at}]{{1to16}}",
+                "vfmadd231ps {high}, {b_high}, dword ptr [{a} + {at}]{{1to16}}",
+                low = inout(zmm_reg) *low,
+                high = inout(zmm_reg) *high,
+                b_low = in(zmm_reg) $b[0],
+                b_high = in(zmm_reg) $b[1],
+                a = in(reg) $a.as_ptr(),
+                at = const $r * size_of::<u32>(),
+                options(pure, readonly, nostack, preserves_flags),
+            );
         }
-    };
+    })*};
 }
 
-tile!(wide, "avx512f,avx512bw,avx512vl", |sum, a, b| _mm512_fmadd_ps(
-    _mm512_castsi512_ps(a),
-    _mm512_castsi512_ps(b),
-    sum
-));
-tile!(pairs, "avx512f,avx512bw,avx512vl,avx512bf16", |sum, a, b| _mm512_dpbf16_ps(
-    sum,
-    as_bf16(a),
-    as_bf16(b)
-));
+/// The product of one stretch for one tile, in f32.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn wide(a: &[u32], b: &[u32], c: &Tile) {
+    let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+    steps!(a, b, |a: &[u32], b: [__m512i; 2]| {
+        let b = b.map(|b| _mm512_castsi512_ps(b));
+        spread_where_used!(sums, a, b, 0 1 2 3 4 5 6 7);
+        for r in 8..ROWS {
+            let a = _mm512_castsi512_ps(_mm512_set1_epi32(a[r].cast_signed()));
+            sums[r] = [0, 1].map(|half| _mm512_fmadd_ps(a, b[half], sums[r][half]));
+        }
+    });
+    // SAFETY: as promised by the caller.
+    unsafe { store(&sums, c) };
+}
+
+/// The same for pairs in bf16.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+unsafe fn pairs(a: &[u32], b: &[u32], c: &Tile) {
+    let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+    steps!(a, b, |a: &[u32], b: [__m512i; 2]| {
+        for r in 0..ROWS {
+            let a = _mm512_set1_epi32(a[r].cast_signed());
+            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], as_bf16(a), as_bf16(b[0]));
+            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], as_bf16(a), as_bf16(b[1]));
+        }
+    });
+    // SAFETY: as promised by the caller.
+    unsafe { store(&sums, c) };
+}
 
 /// The register as one of bf16.
 #[target_feature(enable = "avx512f")]
@@ -365,7 +390,7 @@ fn as_bf16(x: __m512i) -> __m512bh {
     unsafe { std::mem::transmute(x) }
 }
 
-/// As [`tile`], in f16: even and odd steps of depth apart from each other, [`CHAIN`] words at a time.
+/// As [`pairs`], in f16: even and odd steps of depth apart from each other, [`CHAIN`] words at a time.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512fp16")]
 unsafe fn halves(a: &[u32], b: &[u32], c: &Tile) {
     let (a, a_powers) = a.split_at(a.len() - ROWS);

@@ -77,15 +77,15 @@ impl<D: AdapterKernels> Model<D> {
         through: bool,
     ) -> Vec<Option<Routing<D::Elem>>> {
         let Ffn { inv, gate, up, behind, mut adapters, mix } = saved;
-        let (mut gate, mut up) = (self.device.recall(gate), self.device.recall(up));
-        let (act, width) = (self.spec.activation, self.device.len(&gate));
+        let act = self.spec.activation;
+        let width = self.device.len(dx) / self.spec.hidden * self.spec.intermediate;
         let [ag, au, ad] = &mut adapters;
         let inner = if mix.is_some() {
             // Experts mix their own; the base's map is frozen then and asks only for slopes.
             self.device.zeros(width)
         } else {
             let mut inner = self.device.unwritten(width);
-            self.device.gated(act, self.view(&gate), self.view(&up), self.view_mut(&mut inner));
+            self.device.gated_kept(act, &gate, &up, self.view_mut(&mut inner));
             inner
         };
         let mut dinner = self.device.unwritten(width);
@@ -101,7 +101,8 @@ impl<D: AdapterKernels> Model<D> {
         // Experts add to what is there.
         let mut dnormed =
             if experts.is_some() { self.device.zeros(len) } else { self.device.unwritten(len) };
-        if let Some(((slot, mix), saved)) = experts {
+        let (dgate, dup) = if let Some(((slot, mix), saved)) = experts {
+            let (gate, up) = (self.device.recall(gate), self.device.recall(up));
             let params = self.params_view().at(slot.range.clone());
             let input =
                 FfnInput { x: self.view(&normed), gate: self.view(&gate), up: self.view(&up) };
@@ -115,14 +116,13 @@ impl<D: AdapterKernels> Model<D> {
             let grads = self.view_mut(grads).at(slot.range.clone());
             let device = &self.device;
             mix.backward(device, mode, scale, params, saved, input, dy, dinner, grads, slopes);
-            (gate, up) = (dgate, dup);
+            (dgate, dup)
         } else {
-            let (dgate, dup) = (self.view_mut(&mut gate), self.view_mut(&mut up));
-            self.device.gated_backward(act, self.view(&dinner), dgate, dup);
-        }
+            self.device.gated_kept_backward(act, self.view(&dinner), gate, up).into()
+        };
         drop((dinner, dpart));
         let mut accumulate = experts.is_some();
-        for (proj, dy, saved) in [(Proj::Gate, &gate, ag), (Proj::Up, &up, au)] {
+        for (proj, dy, saved) in [(Proj::Gate, &dgate, ag), (Proj::Up, &dup, au)] {
             let target = through.then(|| self.view_mut(&mut dnormed));
             let (x, dy, saved) = (self.view(&normed), self.view(dy), saved.as_mut());
             self.apply_backward(b, proj, x, dy, target, accumulate, saved, mode, scales, grads);
