@@ -110,6 +110,17 @@ fn a_fork_bomb_ends_without_the_systems_limit() {
     assert!(start.elapsed() < Duration::from_mins(1), "ran {:?}", start.elapsed());
 }
 
+/// Whoever looks goes first where that is allowed, and as before afterwards.
+#[test]
+fn looking_has_priority_and_gives_it_back() {
+    let before = getpriority_process(None).unwrap();
+    let first = First::now();
+    let during = getpriority_process(None).unwrap();
+    assert_eq!(during, if first.before.is_some() { -20 } else { before });
+    drop(first);
+    assert_eq!(getpriority_process(None).unwrap(), before);
+}
+
 /// Nothing of a stopped program is left.
 #[test]
 fn no_process_outlives_its_program() {
