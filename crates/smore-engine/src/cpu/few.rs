@@ -30,7 +30,7 @@ pub(super) fn forward<T: Float>(
     /// Bytes of a task, so that handing it out costs little.
     const BYTES: usize = 1 << 16;
     let (d_out, d_in) = shape(w);
-    let task = (BYTES / (stored(w, 0, 1).0.len()).max(1)).clamp(ROWS[0], ROWS[1]);
+    let task = (BYTES / stored(w, 0, 1).0.len().max(1)).clamp(ROWS[0], ROWS[1]);
     // Outputs from `first` on, [rows, n].
     let products = |first: usize, out: &mut [T]| {
         let rows = out.len() / n;
@@ -87,8 +87,8 @@ pub fn chosen_rows<T: Float>(w: MatrixRef<Cpu<T>>, rows: &[usize], x: &[T], out:
     team::each(out.chunks_mut(ROWS).zip(rows.chunks(ROWS)), |(out, rows)| {
         let row = |r: usize| stored(&w, r, 1);
         // Those of the next group; behind the last there is nothing worth asking for.
-        let place = |i: usize| rows.get(i + GROUP).or(rows.get(i)).map_or(0, |&r| r);
-        let with_next = |i: usize| (row(rows[i]).0, row(place(i)).0.as_ptr());
+        let next = |i: usize| *rows.get(i + GROUP).unwrap_or(&rows[i]);
+        let with_next = |i: usize| (row(rows[i]).0, row(next(i)).0.as_ptr());
         let stored = row(0).1;
         let (fours, rest) = out.as_chunks_mut::<GROUP>();
         for (i, out) in fours.iter_mut().enumerate() {

@@ -1,7 +1,7 @@
 //! The gated activation of an FFN: SwiGLU and GeGLU (Shazeer 2020).
 
 use super::elementwise::{CHUNK, unwritten};
-use super::kept::{Kept, Stored};
+use super::kept::{Kept, Widen};
 use super::simd::simd;
 use crate::{Float, GateActivation, team};
 
@@ -85,7 +85,7 @@ fn elements(pieces: &[Vec<u16>]) -> usize {
 }
 
 /// Pieces of `CHUNK` elements.
-fn forward_pieces<'a, T: Float, E: Stored<T> + 'a>(
+fn forward_pieces<'a, T: Float, E: Widen<T> + 'a>(
     act: GateActivation,
     gate: impl Iterator<Item = &'a [E]>,
     up: impl Iterator<Item = &'a [E]>,
@@ -98,7 +98,7 @@ fn forward_pieces<'a, T: Float, E: Stored<T> + 'a>(
     }
 }
 
-fn values<T: Float, E: Stored<T>, A: Act>((y, (gate, up)): (&mut [T], (&[E], &[E]))) {
+fn values<T: Float, E: Widen<T>, A: Act>((y, (gate, up)): (&mut [T], (&[E], &[E]))) {
     simd!({
         for ((y, &g), &u) in y.iter_mut().zip(gate).zip(up) {
             *y = A::value(g.widened()) * u.widened();
@@ -117,7 +117,7 @@ pub(super) fn backward<T: Float>(act: GateActivation, dy: &[T], gate: &mut [T], 
     }
 }
 
-fn slopes_in_place<T: Float, A: Act>(((gate, up), dy): ((&mut [T], &mut [T]), &[T])) {
+fn slopes_in_place<T: Float, A: Act>(((gate, up), dy): (Written<T>, &[T])) {
     simd!({
         for ((g, u), &dy) in gate.iter_mut().zip(up).zip(dy) {
             (*g, *u) = slopes::<T, A>(dy, *g, *u);

@@ -13,12 +13,12 @@ pub enum Kept<T> {
     Halves(Vec<Vec<u16>>),
 }
 
-/// An element as it is stored.
-pub(super) trait Stored<T>: Copy + Send + Sync {
+/// An element as it is kept, and what it is to compute with.
+pub(super) trait Widen<T>: Copy + Send + Sync {
     fn widened(self) -> T;
 }
 
-impl<T: Float> Stored<T> for T {
+impl<T: Float> Widen<T> for T {
     #[inline(always)]
     fn widened(self) -> T {
         self
@@ -26,7 +26,7 @@ impl<T: Float> Stored<T> for T {
 }
 
 /// The upper half of an f32.
-impl<T: Float> Stored<T> for u16 {
+impl<T: Float> Widen<T> for u16 {
     #[inline(always)]
     fn widened(self) -> T {
         T::from_f32(f32::from_bits(u32::from(self) << 16))
