@@ -126,10 +126,6 @@ const PARALLEL_FROM: usize = 1 << 18;
 /// Rows and columns of a task.
 const SIDE: usize = 256;
 
-/// From this many rows, columns and depth on tiles of ours are filled well enough.
-#[cfg(target_arch = "x86_64")]
-pub(super) const SLIM: usize = 32;
-
 /// As [`gemm`] on several threads, in 16-bit words where `mixed` and those are faster here.
 pub(super) fn product<T: Float>(
     mixed: bool,
@@ -141,8 +137,8 @@ pub(super) fn product<T: Float>(
 ) {
     #[cfg(target_arch = "x86_64")]
     if let least = a.rows.min(a.cols).min(b.cols)
-        && least >= SLIM
-        && let words = packed::words(mixed, least)
+        && let words = packed::words(mixed, a.rows, least)
+        && least >= packed::slim(words)
         && packed::available(words)
         && let Some((left, right)) = operands(a, b, beta)
     {
@@ -163,8 +159,8 @@ pub(super) fn product_here<T: Float>(
     c: StridedMut<T>,
 ) {
     #[cfg(target_arch = "x86_64")]
-    if let words = packed::words(mixed, a.rows.min(a.cols).min(b.cols))
-        && words != Words::Wide
+    if let words = packed::words(mixed, a.rows, a.rows.min(a.cols).min(b.cols))
+        && !matches!(words, Words::Wide | Words::Thirds)
         && let Some((left, right)) = operands(a, b, beta)
     {
         let (alpha, c) = (alpha.to_f64() as f32, c.cast().expect("f32"));

@@ -3,7 +3,7 @@
 use super::Cpu;
 use super::elementwise::add_row;
 use super::few;
-use super::gemm::{SLIM, Strided, StridedMut, gemm};
+use super::gemm::{Strided, StridedMut, gemm};
 #[cfg(target_arch = "x86_64")]
 use super::packed;
 #[cfg(target_arch = "x86_64")]
@@ -84,19 +84,20 @@ impl<T: Float> Cpu<T> {
         }
         let (rows, cols) = shape(w);
         let least = rows.min(cols).min(n);
-        let (mixed, rows) = match *w {
+        let (mixed, rows, trained) = match *w {
             MatrixRef::Frozen(host) => {
-                (self.mixed && host.dtype == Dtype::Bf16, Operand::rows_of_weight(host))
+                let mixed = self.mixed && host.dtype == Dtype::Bf16;
+                (mixed, Operand::rows_of_weight(host), false)
             }
             MatrixRef::Trained(view, rows, cols) => {
-                if least < SLIM {
-                    return None;
-                }
                 let w = Strided::new(Cpu::slice(view), rows, cols).cast()?;
-                (self.mixed, Operand::rows_of(w)?)
+                (self.mixed, Operand::rows_of(w)?, true)
             }
         };
-        let words = packed::words(mixed, least);
+        let words = packed::words(mixed, n, least);
+        if trained && least < packed::slim(words) {
+            return None;
+        }
         packed::available(words).then_some((words, rows))
     }
 }

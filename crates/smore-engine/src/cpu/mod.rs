@@ -3,6 +3,8 @@
 //! Results do not depend on the number of threads: work is cut into pieces whose size depends on
 //! the shapes alone, and every sum has a fixed order.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 #[cfg(target_arch = "x86_64")]
 mod dots;
@@ -26,6 +28,10 @@ mod rows;
 mod simd;
 #[cfg(target_arch = "x86_64")]
 mod small;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+#[cfg(target_arch = "x86_64")]
+mod tiling;
 
 pub use few::chosen_rows;
 pub use gemm::{Strided, StridedMut, gemm};
@@ -53,6 +59,15 @@ impl<T> Cpu<T> {
     }
 }
 
+/// Whether products are computed by a matrix unit (Intel's AMX): those in bf16, and those in f32 with 64 rows
+/// or more, whose factors it takes as sums of three in bf16.
+pub fn matrix_unit() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return packed::available(packing::Words::Thirds);
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Keeps freed memory for what is allocated next instead of giving it back to the system and asking
 /// for it again: training allocates the same buffers step after step. For programs to call before
 /// they start a thread; does nothing where the C library is not glibc.
@@ -76,16 +91,17 @@ impl Cpu<f32> {
         Self { mixed: true, numbers: PhantomData }
     }
 
-    /// What factors of products are rounded to here. Sums of those in bf16 are in f32. Those in f16 are
+    /// What factors of products are rounded to here. Sums of those in bf16 are in f32, and where there is a
+    /// matrix unit small products have such factors, too. Those in f16 are
     /// scaled by powers of two, one for each line of an operand, so that f16's range suffices; up to 64
     /// products are summed in f16, and such sums in f32; attention's and other small products stay in f32.
     pub fn factors(self) -> Dtype {
         #[cfg(target_arch = "x86_64")]
         if self.mixed {
             return match packed::faster_than_wide() {
-                Some(packing::Words::Pairs) => Dtype::Bf16,
+                Some(packing::Words::Pairs | packing::Words::Tiles) => Dtype::Bf16,
                 Some(packing::Words::Halves) => Dtype::F16,
-                Some(packing::Words::Wide) | None => Dtype::F32,
+                Some(packing::Words::Wide | packing::Words::Thirds) | None => Dtype::F32,
             };
         }
         Dtype::F32

@@ -13,7 +13,8 @@ use super::gemm::{Shared, StridedMut};
 use super::packing::{
     LANES, Operand, Powers, Stretch, Words, largest, mask, pack_halves, pack_pairs, pack_wide,
 };
-use crate::{Scratch, team};
+use super::{amx, tiles};
+use crate::{Dtype, Scratch, team};
 
 /// Rows and columns of the tile whose sums stay in registers: 24 of 32.
 const ROWS: usize = 12;
@@ -47,6 +48,9 @@ pub(super) fn available(words: Words) -> bool {
         && match words {
             Words::Wide => true,
             Words::Pairs => is_x86_feature_detected!("avx512bf16"),
+            Words::Tiles | Words::Thirds => {
+                is_x86_feature_detected!("avx512bf16") && amx::available()
+            }
             Words::Halves => is_x86_feature_detected!("avx512fp16"),
         }
 }
@@ -59,17 +63,25 @@ pub(super) fn faster_than_wide() -> Option<Words> {
         let cpu = __cpuid(0);
         let vendor = [cpu.ebx, cpu.edx, cpu.ecx].map(u32::to_le_bytes).concat();
         let pairs = available(Words::Pairs) && vendor == b"AuthenticAMD";
-        let halves = available(Words::Halves).then_some(Words::Halves);
-        if pairs { Some(Words::Pairs) } else { halves }
+        let of = |words| available(words).then_some(words);
+        of(Words::Tiles).or(pairs.then_some(Words::Pairs)).or_else(|| of(Words::Halves))
     });
     *FASTER
 }
 
-/// The words of a product with so many rows, columns and steps of depth at least: in f16 scaling lines
-/// takes a second look at every element, which small ones do not repay.
-pub(super) fn words(mixed: bool, least: usize) -> Words {
+/// The words of a product with so many rows, and so many rows, columns and steps of depth at least. In f16
+/// scaling lines takes a second look at every element, and what is split in three takes six products: few
+/// do not repay it.
+pub(super) fn words(mixed: bool, rows: usize, least: usize) -> Words {
     let slim = faster_than_wide().filter(|&words| words != Words::Halves || least >= 128);
-    slim.filter(|_| mixed).unwrap_or(Words::Wide)
+    let thirds = rows >= 64 && available(Words::Thirds);
+    let wide = if thirds { Words::Thirds } else { Words::Wide };
+    slim.filter(|_| mixed).unwrap_or(wide)
+}
+
+/// From so many rows, columns and steps of depth on a product of such words fills blocks of ours well enough.
+pub(super) fn slim(words: Words) -> usize {
+    if matches!(words, Words::Tiles | Words::Thirds) { 8 } else { 32 }
 }
 
 /// C = scale A B + bias, + C where `add`.
@@ -91,6 +103,17 @@ pub(super) fn product(
     check(words, &a, &b, &c);
     let (m, n, depth) = (c.rows, c.cols, a.depth);
     assert!(bias.is_none_or(|bias| bias.len() == n), "bias of a product");
+    // SAFETY: the words are available, and operands and C were checked.
+    unsafe {
+        match (words, b.dtype) {
+            (Words::Tiles, _) => return tiles::product::<1, 1>(scale, &a, &b, bias, c, add),
+            (Words::Thirds, Dtype::Bf16) => {
+                return tiles::product::<3, 1>(scale, &a, &b, bias, c, add);
+            }
+            (Words::Thirds, _) => return tiles::product::<3, 3>(scale, &a, &b, bias, c, add),
+            _ => {}
+        }
+    }
     let stride = c.row_stride;
     let out = Shared(c.data.as_mut_ptr());
     let (words_deep, threads) =
@@ -241,6 +264,7 @@ unsafe fn pack_lines(
         match words {
             Words::Wide => pack_wide(from, line, stretch, to, width, lanes, powers),
             Words::Pairs => pack_pairs(from, line, stretch, to, width, lanes, powers),
+            Words::Tiles | Words::Thirds => unreachable!("tiles have products of their own"),
             Words::Halves => pack_halves(from, line, stretch, to, width, lanes, powers),
         }
     }
@@ -256,6 +280,17 @@ pub(super) fn product_here(
     add: bool,
 ) {
     check(words, &a, &b, &c);
+    // SAFETY: the words are available, and operands and C were checked.
+    unsafe {
+        match (words, b.dtype) {
+            (Words::Tiles, _) => return tiles::product_here::<1, 1>(scale, &a, &b, c, add),
+            (Words::Thirds, Dtype::Bf16) => {
+                return tiles::product_here::<3, 1>(scale, &a, &b, c, add);
+            }
+            (Words::Thirds, _) => return tiles::product_here::<3, 3>(scale, &a, &b, c, add),
+            _ => {}
+        }
+    }
     let (m, n, depth) = (c.rows, c.cols, a.depth);
     let (out, stride) = (c.data.as_mut_ptr(), c.row_stride);
     let (stretch, steps) = (Stretch { first: 0, length: depth }, words.holding(depth));
@@ -290,20 +325,34 @@ unsafe fn multiply(words: Words, block: &[u32], panel: &[u32], tile: &Tile) {
             Words::Wide => wide(block, panel, tile),
             Words::Pairs => pairs(block, panel, tile),
             Words::Halves => halves(block, panel, tile),
+            Words::Tiles | Words::Thirds => unreachable!("tiles have products of their own"),
         }
     }
 }
 
-/// At most [`ROWS`] x [`COLS`] elements of C.
-struct Tile<'a> {
-    at: *mut f32,
-    stride: usize,
-    rows: usize,
-    cols: usize,
+/// At most [`ROWS`] x [`COLS`] elements of C, or `amx::SIDE` x as many.
+pub(super) struct Tile<'a> {
+    pub(super) at: *mut f32,
+    pub(super) stride: usize,
+    pub(super) rows: usize,
+    pub(super) cols: usize,
     /// What is added to every row, `cols` or more.
-    bias: Option<&'a [f32]>,
-    scale: f32,
-    add: bool,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) scale: f32,
+    pub(super) add: bool,
+}
+
+impl Tile<'_> {
+    /// Asks for the memory before it is written, while sums are on their way.
+    pub(super) fn ask(&self) {
+        for r in 0..self.rows {
+            for half in 0..2 {
+                let at = self.at.wrapping_add(r * self.stride + half * LANES);
+                // SAFETY: every x86-64 processor has it, and what is asked for need not be there.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
+            }
+        }
+    }
 }
 
 /// Calls `$step(a, b)` for every step of depth, a `[ROWS]`, b the two registers of a panel's `[COLS]`.
@@ -443,31 +492,73 @@ fn add_pairs(pairs: __m512h, sum: __m512) -> __m512 {
 #[target_feature(enable = "avx512f")]
 #[inline]
 unsafe fn store(sums: &[[__m512; 2]; ROWS], c: &Tile) {
-    let scale = _mm512_set1_ps(c.scale);
-    let masks = [mask(c.cols), mask(c.cols.saturating_sub(LANES))];
-    let mut bias = [_mm512_setzero_ps(); 2];
-    if let Some(row) = c.bias {
-        for half in 0..2 {
-            let at = row.as_ptr().wrapping_add(half * LANES);
-            // SAFETY: masks keep to the columns of the tile, which the row has.
-            bias[half] = unsafe { _mm512_maskz_loadu_ps(masks[half], at) };
-        }
-    }
+    let after = After::of(c);
     // Indexed by constants alone, so that the sums stay in registers.
     for r in 0..ROWS {
         if r < c.rows {
+            // SAFETY: as promised by the caller.
+            unsafe { after.store(c, r, sums[r]) };
+        }
+    }
+}
+
+/// The same for sums in memory, `[rows, COLS]`.
+///
+/// # Safety
+/// The processor has the instructions, and the tile is inside a matrix that nobody else reads or writes
+/// there.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn store_sums(sums: &[f32], c: &Tile) {
+    let after = After::of(c);
+    for (r, row) in sums.chunks_exact(COLS).enumerate().take(c.rows) {
+        let row = row.as_chunks::<LANES>().0;
+        // SAFETY: 16 elements each; else as promised by the caller.
+        unsafe {
+            let row = [0, 1].map(|half| _mm512_loadu_ps(row[half].as_ptr()));
+            after.store(c, r, row);
+        }
+    }
+}
+
+/// What is done to sums before they are written.
+struct After {
+    scale: __m512,
+    bias: [__m512; 2],
+    /// The columns that are there.
+    masks: [__mmask16; 2],
+}
+
+impl After {
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    fn of(c: &Tile) -> Self {
+        let masks = [mask(c.cols), mask(c.cols.saturating_sub(LANES))];
+        let mut bias = [_mm512_setzero_ps(); 2];
+        if let Some(row) = c.bias {
             for half in 0..2 {
-                let at = c.at.wrapping_add(r * c.stride + half * LANES);
-                // SAFETY: masks keep to the columns of the tile; a pointer past them is not
-                // followed.
-                unsafe {
-                    let mut sum = _mm512_fmadd_ps(sums[r][half], scale, bias[half]);
-                    if c.add {
-                        let before = _mm512_maskz_loadu_ps(masks[half], at);
-                        sum = _mm512_add_ps(sum, before);
-                    }
-                    _mm512_mask_storeu_ps(at, masks[half], sum);
+                let at = row.as_ptr().wrapping_add(half * LANES);
+                // SAFETY: masks keep to the columns of the tile, which the row has.
+                bias[half] = unsafe { _mm512_maskz_loadu_ps(masks[half], at) };
+            }
+        }
+        Self { scale: _mm512_set1_ps(c.scale), bias, masks }
+    }
+
+    /// # Safety
+    /// The tile has the row.
+    #[target_feature(enable = "avx512f")]
+    #[inline]
+    unsafe fn store(&self, c: &Tile, r: usize, sums: [__m512; 2]) {
+        for half in 0..2 {
+            let at = c.at.wrapping_add(r * c.stride + half * LANES);
+            // SAFETY: masks keep to the columns of the tile; a pointer past them is not followed.
+            unsafe {
+                let mut sum = _mm512_fmadd_ps(sums[half], self.scale, self.bias[half]);
+                if c.add {
+                    let before = _mm512_maskz_loadu_ps(self.masks[half], at);
+                    sum = _mm512_add_ps(sum, before);
                 }
+                _mm512_mask_storeu_ps(at, self.masks[half], sum);
             }
         }
     }
@@ -504,7 +595,7 @@ mod tests {
     /// same bits for any number of threads and wherever a row stands.
     #[test]
     fn agrees_with_the_definition_for_any_number_of_threads() {
-        for words in [Words::Wide, Words::Pairs, Words::Halves] {
+        for words in [Words::Wide, Words::Pairs, Words::Tiles, Words::Thirds, Words::Halves] {
             for (case, dtype) in (0..4).flat_map(|case| DTYPES.map(|dtype| (case, dtype))) {
                 let served = words != Words::Pairs || dtype != Dtype::F16;
                 if available(words) && served {
@@ -557,8 +648,8 @@ mod tests {
             };
             let added = run(1, m, true);
             let rounds = |x: f32| match words {
-                Words::Wide | Words::Halves => x,
-                Words::Pairs => half::bf16::from_f32(x).to_f32(),
+                Words::Wide | Words::Thirds | Words::Halves => x,
+                Words::Pairs | Words::Tiles => half::bf16::from_f32(x).to_f32(),
             };
             for i in (0..m).step_by(m.div_ceil(50)).chain([m - 1]) {
                 for j in 0..n {

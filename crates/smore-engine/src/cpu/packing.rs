@@ -18,7 +18,11 @@ pub(super) enum Words {
     Wide,
     /// Two elements in bf16 that follow each other in depth.
     Pairs,
-    /// The same in f16, times a power of two that brings the largest of the line's stretch to [8, 16):
+    /// The same in the order of the matrix unit (`tiling`).
+    Tiles,
+    /// The same, an element being the sum of three in bf16 if it is not stored in bf16 itself.
+    Thirds,
+    /// As pairs, but in f16, times a power of two that brings the largest of the line's stretch to [8, 16):
     /// sums of products then stay in f16's range, and an element is exact to 11 bits unless it is less
     /// than 2^-17 of the largest.
     Halves,
@@ -28,8 +32,8 @@ impl Words {
     /// Elements of a word.
     pub(super) fn elements(self) -> usize {
         match self {
-            Self::Wide => 1,
-            Self::Pairs | Self::Halves => 2,
+            Self::Wide | Self::Thirds => 1,
+            Self::Pairs | Self::Tiles | Self::Halves => 2,
         }
     }
 
@@ -49,7 +53,7 @@ impl Words {
 #[derive(Clone, Copy)]
 pub(super) struct Operand<'a> {
     bytes: &'a [u8],
-    dtype: Dtype,
+    pub(super) dtype: Dtype,
     pub(super) lines: usize,
     pub(super) depth: usize,
     /// Elements from one line to the next, and from one step of depth to the next: one of them is 1.
@@ -96,7 +100,12 @@ impl<'a> Operand<'a> {
         assert!((last + 1) * self.dtype.bytes() <= self.bytes.len(), "operand ends too early");
     }
 
-    fn at(&self, line: usize, depth: usize) -> *const u8 {
+    /// Elements from one row of memory to the next, whether those are lines or steps of depth.
+    pub(super) fn step(&self) -> usize {
+        if self.across() { self.strides.1 } else { self.strides.0 }
+    }
+
+    pub(super) fn at(&self, line: usize, depth: usize) -> *const u8 {
         let element = line * self.strides.0 + depth * self.strides.1;
         self.bytes.as_ptr().wrapping_add(element * self.dtype.bytes())
     }
@@ -456,7 +465,7 @@ fn from_bf16(x: __m512i, exponents: __m512i) -> __m512i {
 /// Transposes 16 x 16 elements.
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn transpose(rows: &mut [__m512i; LANES]) {
+pub(super) fn transpose(rows: &mut [__m512i; LANES]) {
     // Pairs of rows, then fours within 128 bits, then the 128-bit parts themselves.
     let mut fours = [_mm512_setzero_pd(); LANES];
     for i in 0..4 {

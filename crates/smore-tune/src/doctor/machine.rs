@@ -87,7 +87,9 @@ fn processor(examined: &mut Examined, bf16: bool) {
 
 #[cfg(target_arch = "x86_64")]
 fn vector_unit() -> Option<&'static str> {
-    if is_x86_feature_detected!("avx512f") {
+    if smore_engine::cpu::matrix_unit() {
+        Some("AVX-512 and AMX")
+    } else if is_x86_feature_detected!("avx512f") {
         Some("AVX-512")
     } else if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
         Some("AVX2")

@@ -4,6 +4,7 @@
 use super::{BalanceSlopes, Gate, LayerStats, top};
 use crate::config::GateKind;
 use crate::tree::TreeLayer;
+use smore_engine::cpu::simd;
 use smore_engine::{Float, Scratch};
 
 /// Softmax probabilities.
@@ -22,10 +23,13 @@ pub(super) fn forward<T: Float>(
 ) -> Scores<T> {
     let (s, f) = (gate.experts, gate.fanout);
     let mut probabilities = Scratch::zeros(logits.len());
-    let rows = logits.chunks_exact(s).zip(probabilities.chunks_exact_mut(s));
+    simd!({
+        for (logits, p) in logits.chunks_exact(s).zip(probabilities.chunks_exact_mut(s)) {
+            softmax(logits, p);
+        }
+    });
     let chosen = out.expert_idx.chunks_exact_mut(f).zip(out.gate_weight.chunks_exact_mut(f));
-    for ((logits, p), (idx, weight)) in rows.zip(chosen) {
-        softmax(logits, p);
+    for (p, (idx, weight)) in probabilities.chunks_exact(s).zip(chosen) {
         if !fixed {
             if gate.kind == GateKind::Dense {
                 idx.iter_mut().enumerate().for_each(|(i, idx)| *idx = i as u16);
@@ -42,6 +46,7 @@ pub(super) fn forward<T: Float>(
     Scores { probabilities, width: s }
 }
 
+#[inline(always)]
 pub(super) fn softmax<T: Float>(logits: &[T], p: &mut [T]) {
     let max = logits.iter().fold(logits[0], |m, &x| m.max_of(x));
     let mut sum = T::ZERO;

@@ -1,0 +1,361 @@
+//! Products by the matrix unit ([`super::amx`]): C = s A B (+ C).
+//!
+//! As in `packed` both operands are copied into the order in which the innermost loop reads them. The unit
+//! is so fast that the caches above bound it: a task packs its own columns, keeps sums of all of its rows
+//! and columns in the second cache and goes over both operands a short stretch of depth at a time.
+//!
+//! Factors in f32 are split into three in bf16, whose 3 x 8 bits hold all 24: x = x1 + x2 + x3. Six of the nine
+//! products of parts are multiplied, the others are below 2^-24 of the whole (Henry, Tang and Heinecke
+//! 2019). What is stored in bf16 is one part. An infinity gives NaN, since its other parts are none.
+
+use super::amx::{AHEAD, SIDE, Unit, multiply};
+use super::gemm::{Shared, StridedMut};
+use super::packed::{Tile, store_sums};
+use super::packing::{Operand, Stretch};
+use super::tiling::{pack_block, pack_panels, words_of};
+use crate::{Scratch, team};
+use std::ops::Range;
+
+/// Elements of depth that are packed at a time, in one part; a third of them in three.
+const DEPTH: usize = 4096;
+/// Words of the left operand that are packed at a time: [`HIGH`] rows of that depth, and an eighth more for what
+/// lies between blocks.
+const ROOM: usize = 9 << 17;
+/// The most rows and columns of a task, whose sums stay in the second cache.
+const HIGH: usize = 512;
+const WIDE: usize = 256;
+/// The fewest columns, where there are not enough tasks.
+const NARROW: usize = 64;
+/// The fewest rows of a task, where columns are few.
+const LOW: usize = 256;
+/// Tasks of a thread, so that one whose core is busy with other things leaves some to the others.
+const TASKS: usize = 4;
+
+/// Words of depth after which sums leave the tiles: panels of as many steps stay in the first cache while
+/// blocks of the left operand pass.
+const fn stretch_of(parts: usize) -> usize {
+    if parts == 1 { 128 } else { 64 }
+}
+
+/// C = scale A B + bias, + C where `add`, with A in `P` parts, B in `Q` and sums in f32.
+///
+/// # Safety
+/// As [`packed::product`](super::packed::product) checks: the unit is available, shapes fit, and operands
+/// and C have what their strides reach.
+pub(super) unsafe fn product<const P: usize, const Q: usize>(
+    scale: f32,
+    a: &Operand,
+    b: &Operand,
+    bias: Option<&[f32]>,
+    c: StridedMut<f32>,
+    add: bool,
+) {
+    let (m, n) = (c.rows, c.cols);
+    let wanted = TASKS * rayon::current_num_threads();
+    let at = Shared(c.data.as_mut_ptr());
+    let mut c = Sum { at, stride: c.row_stride, rows: m, cols: n, bias, scale, add };
+    let whole = Stretch { first: 0, length: a.depth };
+    let at_once = alike(a.depth, DEPTH / P, 2 * stretch_of(P));
+    for deep in whole.pieces(at_once.max(1)) {
+        let blocks = Blocks::<P>::of(deep);
+        let high = alike(m, ROOM / blocks.apart() * SIDE, SIDE);
+        // All that are large are alike, so that one finds room where another was.
+        let words = high.div_ceil(SIDE) * blocks.apart();
+        let mut packed = Scratch::unwritten(if words > ROOM / 2 { ROOM } else { words });
+        let packed = &mut packed[..words];
+        for top in (0..m).step_by(high) {
+            // SAFETY: as promised by the caller.
+            blocks.fill(packed, |line, stretch, to| unsafe {
+                pack_block::<P>(a, top + line, stretch, to);
+            });
+            let pass = Pass::<P, Q> { blocks: &blocks, left: packed, top, b, c: &c };
+            let rows = high.min(m - top);
+            let (task_rows, task_cols) = task(rows, n, wanted);
+            // By rows: what a thread has packed and what it writes stays in its own cache.
+            let tasks = (0..rows)
+                .step_by(task_rows)
+                .flat_map(|row| (0..n).step_by(task_cols).map(move |col| (row, col)));
+            let own = || Own {
+                unit: Unit::configured(),
+                sums: Scratch::unwritten(task_rows * task_cols),
+                panels: Scratch::unwritten(task_cols / SIDE * pass.room()),
+            };
+            team::each_with(tasks, own, |own, (row, col)| {
+                let rows = row / SIDE..rows.min(row + task_rows).div_ceil(SIDE);
+                // SAFETY: as promised by the caller; no other task has these rows and columns.
+                unsafe { pass.task(own, rows, col, task_cols.min(n - col).div_ceil(SIDE)) };
+            });
+        }
+        (c.add, c.bias) = (true, None);
+    }
+}
+
+/// Where products are added up, and how.
+struct Sum<'a> {
+    at: Shared<f32>,
+    stride: usize,
+    rows: usize,
+    cols: usize,
+    bias: Option<&'a [f32]>,
+    scale: f32,
+    add: bool,
+}
+
+impl Sum<'_> {
+    fn tile(&self, row: usize, col: usize) -> Tile<'_> {
+        Tile {
+            at: self.at.at(row * self.stride + col),
+            stride: self.stride,
+            rows: SIDE.min(self.rows - row),
+            cols: SIDE.min(self.cols - col),
+            bias: self.bias.map(|bias| &bias[col..]),
+            scale: self.scale,
+            add: self.add,
+        }
+    }
+}
+
+/// A stretch of depth for some rows of the left operand, which are packed.
+struct Pass<'a, const P: usize, const Q: usize> {
+    blocks: &'a Blocks<P>,
+    left: &'a [u32],
+    /// The first of the rows.
+    top: usize,
+    b: &'a Operand<'a>,
+    c: &'a Sum<'a>,
+}
+
+/// What a thread needs for its tasks.
+struct Own {
+    unit: Unit,
+    /// 32 x 32 for every block of a task's rows and every panel of its columns.
+    sums: Scratch<f32>,
+    /// A stretch of a task's columns.
+    panels: Scratch<u32>,
+}
+
+impl<const P: usize, const Q: usize> Pass<'_, P, Q> {
+    /// Words of a panel of the right operand.
+    fn room(&self) -> usize {
+        words_of(self.blocks.stretches[0].length) * Q
+    }
+
+    /// Blocks `rows` times as many panels from column `from` on.
+    ///
+    /// # Safety
+    /// As [`product`], and nobody else reads or writes these rows and columns of C.
+    unsafe fn task(&self, own: &mut Own, rows: Range<usize>, from: usize, panels: usize) {
+        let stretches = &self.blocks.stretches;
+        let words = &mut own.panels[..panels * self.room()];
+        for (s, &stretch) in stretches.iter().enumerate() {
+            // SAFETY: as promised by the caller.
+            unsafe { pack_panels::<Q>(self.b, from, stretch, words, self.room()) };
+            let last = s + 1 == stretches.len();
+            let mut sums = own.sums.chunks_exact_mut(SIDE * SIDE);
+            for i in rows.clone() {
+                let block = self.blocks.block(self.left, s, i);
+                // What is multiplied after it.
+                let next = match (i + 1 < rows.end, last) {
+                    (true, _) => self.blocks.block(self.left, s, i + 1),
+                    (false, false) => self.blocks.block(self.left, s + 1, rows.start),
+                    (false, true) => block,
+                };
+                for (j, panel) in words.chunks_exact(self.room()).enumerate() {
+                    let panel = &panel[..words_of(stretch.length) * Q];
+                    let sums = sums.next().expect("room for all blocks and panels");
+                    // A share of it with every panel.
+                    let ahead = next.as_ptr().wrapping_add(j * AHEAD * block.len() / SIDE);
+                    let tile = self.c.tile(self.top + i * SIDE, from + j * SIDE);
+                    if last {
+                        tile.ask();
+                    }
+                    multiply::<P, Q>(&own.unit, block, panel, sums, s > 0, ahead);
+                    if last {
+                        // SAFETY: the tile is inside C and this task's.
+                        unsafe { store_sums(sums, &tile) };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The length of pieces that are alike, `most` at most, multiples of `of` unless there is but one.
+fn alike(length: usize, most: usize, of: usize) -> usize {
+    let pieces = length.div_ceil(most.max(1)).max(1);
+    length.div_ceil(pieces).next_multiple_of(of).min(length)
+}
+
+/// Rows and columns of a task: narrow before they are low, since every task packs its columns.
+fn task(rows: usize, cols: usize, wanted: usize) -> (usize, usize) {
+    let cut = |lines: usize, parts: usize| lines.div_ceil(parts).next_multiple_of(SIDE);
+    let high = rows.div_ceil(HIGH);
+    let wide = cut(cols, wanted.div_ceil(high)).clamp(NARROW.min(cut(cols, 1)), WIDE);
+    let high = wanted.div_ceil(cols.div_ceil(wide)).min(rows.div_ceil(LOW)).max(high);
+    (cut(rows, high), wide)
+}
+
+/// Where the blocks of a packed left operand are: for every [`SIDE`] lines its stretches of depth.
+struct Blocks<const P: usize> {
+    stretches: Vec<Stretch>,
+    /// Words of a stretch of a block.
+    room: usize,
+}
+
+impl<const P: usize> Blocks<P> {
+    fn of(deep: Stretch) -> Self {
+        let stretches: Vec<Stretch> = deep.pieces(2 * stretch_of(P)).collect();
+        let room = words_of(stretches[0].length) * P;
+        Self { stretches, room }
+    }
+
+    /// Words from one block to the next. Blocks whose distance is a large power of two would take each
+    /// other's place in the cache.
+    fn apart(&self) -> usize {
+        self.stretches.len() * self.room + self.room / 2
+    }
+
+    fn fill(&self, words: &mut [u32], pack: impl Fn(usize, Stretch, &mut [u32]) + Sync) {
+        let parts = words.chunks_mut(self.apart()).enumerate().flat_map(|(block, words)| {
+            let stretches = words.chunks_mut(self.room).zip(&self.stretches);
+            stretches.map(move |(to, &stretch)| (block * SIDE, stretch, to))
+        });
+        team::each(parts, |(line, stretch, to)| {
+            pack(line, stretch, &mut to[..words_of(stretch.length) * P]);
+        });
+    }
+
+    fn block<'a>(&self, words: &'a [u32], stretch: usize, block: usize) -> &'a [u32] {
+        let length = words_of(self.stretches[stretch].length) * P;
+        &words[block * self.apart() + stretch * self.room..][..length]
+    }
+}
+
+/// As [`product`], on this thread alone and for operands of which both fit in the second cache.
+///
+/// # Safety
+/// As [`product`].
+pub(super) unsafe fn product_here<const P: usize, const Q: usize>(
+    scale: f32,
+    a: &Operand,
+    b: &Operand,
+    c: StridedMut<f32>,
+    add: bool,
+) {
+    let (m, n) = (c.rows, c.cols);
+    let at = Shared(c.data.as_mut_ptr());
+    let c = Sum { at, stride: c.row_stride, rows: m, cols: n, bias: None, scale, add };
+    let (whole, room) = (Stretch { first: 0, length: a.depth }, words_of(a.depth).max(1));
+    let mut left = Scratch::unwritten(m.div_ceil(SIDE) * room * P);
+    for (i, to) in left.chunks_exact_mut(room * P).enumerate() {
+        // SAFETY: as promised by the caller.
+        unsafe { pack_block::<P>(a, i * SIDE, whole, to) };
+    }
+    let (unit, mut sums) = (Unit::configured(), Scratch::unwritten(SIDE * SIDE));
+    let mut panel = Scratch::unwritten(room * Q);
+    for col in (0..n).step_by(SIDE) {
+        // SAFETY: as promised by the caller.
+        unsafe { pack_panels::<Q>(b, col, whole, &mut panel, room * Q) };
+        for (i, block) in left.chunks_exact(room * P).enumerate() {
+            multiply::<P, Q>(&unit, block, &panel, &mut sums, false, block.as_ptr());
+            // SAFETY: the tile is inside C.
+            unsafe { store_sums(&sums, &c.tile(i * SIDE, col)) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::gemm::Strided;
+    use super::super::packed::{available, product};
+    use super::super::packing::Words;
+    use super::*;
+    use crate::HostMatrix;
+
+    fn draw(n: usize, spread: i32) -> Vec<f32> {
+        let mut state = 7u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 40) as f32 / (1 << 23) as f32 - 1.0
+        };
+        (0..n).map(|i| next() * 2f32.powi((i as i32 * 5) % (2 * spread + 1) - spread)).collect()
+    }
+
+    fn multiplied(words: Words, a: &[f32], b: &HostMatrix, depth: usize) -> Vec<f32> {
+        let (m, n) = (a.len() / depth, b.rows);
+        let from = Operand::rows_of(Strided::new(a, m, depth)).expect("rows");
+        let mut c = vec![0.0; m * n];
+        let to = StridedMut::new(&mut c, m, n);
+        product(words, 1.0, from, Operand::rows_of_weight(b), None, to, false);
+        c
+    }
+
+    /// In three parts a product is as exact as one that is computed in f32, for weights in f32 and in bf16 and for
+    /// elements of many sizes beside each other.
+    #[test]
+    fn three_parts_err_no_more_than_f32() {
+        if !available(Words::Thirds) {
+            return;
+        }
+        let (m, n, depth) = (70, 40, 3000);
+        for spread in [0, 6, 20] {
+            let (a, b) = (draw(m * depth, spread), draw(n * depth, spread / 2));
+            let whole = HostMatrix::from_f32(n, depth, &b);
+            for w in [whole.to_bf16(), whole] {
+                let mut b = vec![0f64; n * depth];
+                crate::cpu::linear::widen(&w, 0, &mut b);
+                let error = |words| -> f64 {
+                    let c = multiplied(words, &a, &w, depth);
+                    let far = c.iter().enumerate().map(|(at, &c)| {
+                        let (a, b) = (&a[at / n * depth..][..depth], &b[at % n * depth..][..depth]);
+                        let terms = a.iter().zip(b).map(|(&a, &b)| f64::from(a) * b);
+                        (f64::from(c) - terms.clone().sum::<f64>()).powi(2)
+                            / terms.map(|x| x * x).sum::<f64>()
+                    });
+                    (far.sum::<f64>() / c.len() as f64).sqrt()
+                };
+                let (thirds, wide) = (error(Words::Thirds), error(Words::Wide));
+                assert!(thirds > 0.0 && thirds < wide, "{spread}: {thirds:e}, not below {wide:e}");
+            }
+        }
+    }
+
+    /// What is not finite spoils its own row and nothing else; the largest and smallest numbers do no harm.
+    #[test]
+    fn what_is_not_finite_keeps_to_its_row() {
+        for words in [Words::Tiles, Words::Thirds] {
+            if !available(words) {
+                return;
+            }
+            let (m, n, depth) = (67, 35, 70);
+            let mut a = vec![1f32; m * depth];
+            a[3 * depth + 7] = f32::INFINITY;
+            a[40 * depth + 69] = f32::NAN;
+            a[5 * depth..6 * depth].fill(0.0);
+            a[6 * depth..7 * depth].fill(f32::from_bits(1));
+            a[7 * depth] = 3e38;
+            let w = HostMatrix::from_f32(n, depth, &vec![1.0; n * depth]);
+            for (at, c) in multiplied(words, &a, &w, depth).into_iter().enumerate() {
+                let right = match at / n {
+                    3 | 40 => !c.is_finite(),
+                    5 | 6 => c.abs() < 1e-30,
+                    7 => (c / 3e38 - 1.0).abs() < 4e-3,
+                    _ => c == depth as f32,
+                };
+                assert!(right, "{words:?}, row {}: {c}", at / n);
+            }
+        }
+    }
+
+    #[test]
+    fn pieces_cover_their_length_and_are_alike() {
+        for length in [1, 31, 32, 33, 500, 513, 1000, 4097] {
+            for most in [32, 500, 512] {
+                let piece = alike(length, most, SIDE);
+                assert!(piece <= length && piece < most + SIDE);
+                assert!(piece == length || piece.is_multiple_of(SIDE));
+                assert!(length.div_ceil(piece) <= length.div_ceil(most));
+            }
+        }
+    }
+}
