@@ -12,7 +12,7 @@ use super::amx::{AHEAD, SIDE, Unit, multiply};
 use super::gemm::{Shared, StridedMut};
 use super::packed::{Tile, store_sums};
 use super::packing::{Operand, Stretch};
-use super::tiling::{pack_block, pack_panels, words_of};
+use super::tiling::{pack_block, pack_panels, turn, words_of};
 use crate::{Scratch, team};
 use std::ops::Range;
 
@@ -50,10 +50,13 @@ pub(super) unsafe fn product<const P: usize, const Q: usize>(
     c: StridedMut<f32>,
     add: bool,
 ) {
-    let (m, n) = (c.rows, c.cols);
+    // What is left is packed as a whole, and where lines are beside each other it has to be turned for
+    // that: let it be the smaller one, and turn what comes of it.
+    let turned = P == Q && a.across() && b.lines < a.lines;
+    let (a, b) = if turned { (b, a) } else { (a, b) };
+    let (m, n) = (a.lines, b.lines);
     let wanted = TASKS * rayon::current_num_threads();
-    let at = Shared(c.data.as_mut_ptr());
-    let mut c = Sum { at, stride: c.row_stride, rows: m, cols: n, bias, scale, add };
+    let mut c = Sum { bias, turned, ..Sum::of(c, scale, add) };
     let whole = Stretch { first: 0, length: a.depth };
     let at_once = alike(a.depth, DEPTH / P, 2 * stretch_of(P));
     for deep in whole.pieces(at_once.max(1)) {
@@ -99,10 +102,20 @@ struct Sum<'a> {
     bias: Option<&'a [f32]>,
     scale: f32,
     add: bool,
+    /// Whether a product's rows are columns here.
+    turned: bool,
 }
 
 impl Sum<'_> {
+    fn of(c: StridedMut<f32>, scale: f32, add: bool) -> Self {
+        let StridedMut { data, rows, cols, row_stride: stride } = c;
+        let at = Shared(data.as_mut_ptr());
+        Self { at, stride, rows, cols, bias: None, scale, add, turned: false }
+    }
+
+    /// Of a product's row and column.
     fn tile(&self, row: usize, col: usize) -> Tile<'_> {
+        let (row, col) = if self.turned { (col, row) } else { (row, col) };
         Tile {
             at: self.at.at(row * self.stride + col),
             stride: self.stride,
@@ -171,8 +184,13 @@ impl<const P: usize, const Q: usize> Pass<'_, P, Q> {
                     }
                     multiply::<P, Q>(&own.unit, block, panel, sums, s > 0, ahead);
                     if last {
-                        // SAFETY: the tile is inside C and this task's.
-                        unsafe { store_sums(sums, &tile) };
+                        // SAFETY: the tile is inside C and this task's; the processor has the instructions.
+                        unsafe {
+                            if self.c.turned {
+                                turn(sums);
+                            }
+                            store_sums(sums, &tile);
+                        }
                     }
                 }
             }
@@ -242,9 +260,7 @@ pub(super) unsafe fn product_here<const P: usize, const Q: usize>(
     c: StridedMut<f32>,
     add: bool,
 ) {
-    let (m, n) = (c.rows, c.cols);
-    let at = Shared(c.data.as_mut_ptr());
-    let c = Sum { at, stride: c.row_stride, rows: m, cols: n, bias: None, scale, add };
+    let (m, n, c) = (c.rows, c.cols, Sum::of(c, scale, add));
     let (whole, room) = (Stretch { first: 0, length: a.depth }, words_of(a.depth).max(1));
     let mut left = Scratch::unwritten(m.div_ceil(SIDE) * room * P);
     for (i, to) in left.chunks_exact_mut(room * P).enumerate() {

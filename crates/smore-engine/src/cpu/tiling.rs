@@ -286,6 +286,36 @@ unsafe fn panels_across<S: Stored, const P: usize>(
     }
 }
 
+/// Transposes 32 x 32 sums.
+///
+/// # Panics
+/// If there are not so many.
+#[target_feature(enable = "avx512f")]
+pub(super) fn turn(sums: &mut [f32]) {
+    assert_eq!(sums.len(), SIDE * SIDE, "sums to turn");
+    let words: &mut [u32] = bytemuck::cast_slice_mut(sums);
+    for i in 0..2 {
+        for j in 0..=i {
+            let corners = [(i, j), (j, i)].map(|(i, j)| (i * SIDE + j) * LANES);
+            let tiles = corners.map(|corner| {
+                let mut tile = [_mm512_setzero_si512(); LANES];
+                for (r, row) in tile.iter_mut().enumerate() {
+                    let from = &words[corner + r * SIDE..][..LANES];
+                    // SAFETY: 16 words.
+                    *row = unsafe { _mm512_loadu_si512(from.as_ptr().cast()) };
+                }
+                transpose(&mut tile);
+                tile
+            });
+            for (corner, tile) in corners.into_iter().zip([tiles[1], tiles[0]]) {
+                for (r, row) in tile.into_iter().enumerate() {
+                    put(row, &mut words[corner + r * SIDE..]);
+                }
+            }
+        }
+    }
+}
+
 /// Writes 16 words.
 #[target_feature(enable = "avx512f")]
 #[inline]
