@@ -249,11 +249,11 @@ impl<const P: usize> Blocks<P> {
     }
 }
 
-/// As [`product`], on this thread alone and for operands of which both fit in the second cache.
+/// As [`product`] with both operands in one part, on this thread alone and for operands of which both fit in the second cache.
 ///
 /// # Safety
 /// As [`product`].
-pub(super) unsafe fn product_here<const P: usize, const Q: usize>(
+pub(super) unsafe fn product_here(
     scale: f32,
     a: &Operand,
     b: &Operand,
@@ -262,18 +262,18 @@ pub(super) unsafe fn product_here<const P: usize, const Q: usize>(
 ) {
     let (m, n, c) = (c.rows, c.cols, Sum::of(c, scale, add));
     let (whole, room) = (Stretch { first: 0, length: a.depth }, words_of(a.depth).max(1));
-    let mut left = Scratch::unwritten(m.div_ceil(SIDE) * room * P);
-    for (i, to) in left.chunks_exact_mut(room * P).enumerate() {
+    let mut left = Scratch::unwritten(m.div_ceil(SIDE) * room);
+    for (i, to) in left.chunks_exact_mut(room).enumerate() {
         // SAFETY: as promised by the caller.
-        unsafe { pack_block::<P>(a, i * SIDE, whole, to) };
+        unsafe { pack_block::<1>(a, i * SIDE, whole, to) };
     }
     let (unit, mut sums) = (Unit::configured(), Scratch::unwritten(SIDE * SIDE));
-    let mut panel = Scratch::unwritten(room * Q);
+    let mut panel = Scratch::unwritten(room);
     for col in (0..n).step_by(SIDE) {
         // SAFETY: as promised by the caller.
-        unsafe { pack_panels::<Q>(b, col, whole, &mut panel, room * Q) };
-        for (i, block) in left.chunks_exact(room * P).enumerate() {
-            multiply::<P, Q>(&unit, block, &panel, &mut sums, false, block.as_ptr());
+        unsafe { pack_panels::<1>(b, col, whole, &mut panel, room) };
+        for (i, block) in left.chunks_exact(room).enumerate() {
+            multiply::<1, 1>(&unit, block, &panel, &mut sums, false, block.as_ptr());
             // SAFETY: the tile is inside C.
             unsafe { store_sums(&sums, &c.tile(i * SIDE, col)) };
         }
