@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 /// One piece of work. The peer knows `Gemm` and `Step` by the same fields.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -11,7 +12,16 @@ pub(crate) enum Case {
     /// y = x W^T, x `[m, k]` in f32, W `[n, k]` stored as `dtype`.
     Gemm { dtype: Precision, m: usize, n: usize, k: usize, threads: usize },
     /// Forward and backward of a frozen linear with an adapter on it.
-    Layer { adapter: Adapter, dtype: Precision, tokens: usize, d_in: usize, d_out: usize },
+    Layer {
+        adapter: Adapter,
+        dtype: Precision,
+        tokens: usize,
+        d_in: usize,
+        d_out: usize,
+        /// Without large pages, of which one is 2 KiB for each of 1024 tokens.
+        #[serde(default)]
+        small_pages: bool,
+    },
     /// A training step of a decoder with adapters on its FFN.
     Step(Step),
     /// What is done beside a step of S'MoRE to watch its routers: counting, or tracing some tokens.
@@ -20,6 +30,8 @@ pub(crate) enum Case {
     Decode { shape: Shape, adapter: Adapter, tokens: usize },
     /// Reading memory from all cores.
     Bandwidth { bytes: usize },
+    /// Writing a model of random weights, which is done when it is prepared.
+    Model { shape: Shape, dtype: Precision, folder: PathBuf },
 }
 
 /// A training step.

@@ -40,7 +40,7 @@ pub(crate) struct Args {
 }
 
 fn main() -> Result<()> {
-    smore_engine::cpu::keep_freed_memory();
+    smore_engine::heap::prepare();
     let args = Args::parse();
     if args.worker {
         return work::serve();

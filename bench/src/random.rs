@@ -9,15 +9,19 @@ use std::borrow::Cow;
 use std::path::Path;
 
 /// `n` values between -1 and 1.
-pub(crate) fn floats(n: usize, seed: u64) -> Vec<f32> {
+pub(crate) fn floats(seed: u64, n: usize) -> Vec<f32> {
+    drawn(seed).take(n).collect()
+}
+
+/// Values between -1 and 1.
+pub(crate) fn drawn(seed: u64) -> impl Iterator<Item = f32> {
     let mut x = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-    let mut next = || {
+    std::iter::repeat_with(move || {
         x ^= x << 13;
         x ^= x >> 7;
         x ^= x << 17;
         (x >> 40) as f32 / (1u32 << 23) as f32 - 1.0
-    };
-    (0..n).map(|_| next()).collect()
+    })
 }
 
 /// A tensor whose values are drawn when they are written, so that a model is never whole in memory.
@@ -42,7 +46,7 @@ impl View for Drawn {
             vec![1.0; n]
         } else {
             let scale = (self.shape[1] as f32).sqrt().recip();
-            floats(n, self.seed).iter().map(|v| v * scale).collect()
+            drawn(self.seed).take(n).map(|v| v * scale).collect()
         };
         let host = HostMatrix::from_f32(1, n, &values);
         let host = if self.dtype == Precision::Bfloat16 { host.to_bf16() } else { host };

@@ -162,12 +162,20 @@ impl Suite<'_> {
     fn layer(&mut self) -> Result<()> {
         let (tokens, d_in, d_out) = (1024, 2048, 8192);
         println!("\nLayer, forward and backward, {tokens} tokens, {d_in} -> {d_out}, f32");
-        let workers = [Adapter::None, Adapter::Lora(128), Adapter::Smore].map(|adapter| {
+        let workers = |adapters: &[Adapter], small_pages| {
             let dtype = Precision::Float32;
-            Worker::ours(&Case::Layer { adapter, dtype, tokens, d_in, d_out })
-        });
-        let workers = workers.into_iter().collect::<Result<Vec<_>>>()?;
-        let all = by_turns(workers, 2 * self.rounds)?;
+            let cases = adapters.iter().map(move |&adapter| Case::Layer {
+                adapter,
+                dtype,
+                tokens,
+                d_in,
+                d_out,
+                small_pages,
+            });
+            cases.map(|case| Worker::ours(&case)).collect::<Result<Vec<_>>>()
+        };
+        let with = [Adapter::None, Adapter::Lora(128), Adapter::Smore];
+        let all = by_turns(workers(&with, false)?, 2 * self.rounds)?;
         let flops = 4.0 * (tokens * d_in * d_out) as f64;
         for (m, name) in all.iter().zip(["frozen linear", "with LoRA of rank 128", "with S'MoRE"]) {
             println!(
@@ -177,8 +185,11 @@ impl Suite<'_> {
                 flops / m.seconds / 1e7 / self.ceiling[0]
             );
         }
-        let bytes = (all[2].beyond - all[0].beyond) / tokens as f64;
-        println!("  S'MoRE's memory beyond the linear's: {bytes:.0} bytes a token");
+        let small = by_turns(workers(&[Adapter::None, Adapter::Smore], true)?, self.rounds)?;
+        let bytes = (small[1].beyond - small[0].beyond) / tokens as f64;
+        println!(
+            "  S'MoRE's memory beyond the linear's, on small pages: {bytes:.0} bytes a token"
+        );
         self.figure("smore_layer_bytes_per_token", bytes);
         self.ratio("smore_to_lora_same_rank", Some(all[2].seconds / all[1].seconds));
         self.ratio("smore_plus_linear_to_linear", Some(all[2].seconds / all[0].seconds));

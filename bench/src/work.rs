@@ -1,13 +1,15 @@
 //! The worker's side: builds a case, does it as often as asked.
 
 use crate::case::{Adapter, Case, Precision, Shape, Step};
-use crate::random::{floats, write_model};
+use crate::random::{drawn, floats, write_model};
+use crate::worker::Worker;
 use anyhow::{Context, Result};
+use half::bf16;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 use smore::adapter::{AnyAdapter, AnySaved, Lora, MapAdapter, Mode, Smore};
 use smore::spec::{LoraSpec, SmoreSpec};
-use smore_engine::{Cpu, Device, HostMatrix, MatrixRef, View, ViewMut};
+use smore_engine::{Cpu, Device, Dtype, HostMatrix, MatrixRef, View, ViewMut};
 use smore_tune::config::{AdapterConfig, TrainConfig};
 use smore_tune::inject::{Adapters, Slot};
 use smore_tune::memory;
@@ -16,6 +18,7 @@ use smore_tune::model::{Batch, Model, Scales, training_device};
 use smore_tune::optimizer::Optimizer;
 use smore_tune::routing::{Counts, trace_lines};
 use std::io::{BufRead, Write};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// The work of a prepared case, to be done once per call.
@@ -49,19 +52,40 @@ pub(crate) fn serve() -> Result<()> {
 fn prepare(case: &Case) -> Result<Work> {
     match case {
         Case::Gemm { dtype, m, n, k, .. } => Ok(gemm(*dtype, *m, *n, *k)),
-        Case::Layer { adapter, dtype, tokens, d_in, d_out } => {
+        Case::Layer { adapter, dtype, tokens, d_in, d_out, small_pages } => {
+            rustix::thread::disable_transparent_huge_pages(*small_pages)?;
             layer(*adapter, *dtype, *tokens, *d_in, *d_out)
         }
         Case::Step(step) => training_step(step),
         Case::Watch { step, trace_tokens } => watch(step, *trace_tokens),
         Case::Decode { shape, adapter, tokens } => decode(shape, *adapter, *tokens),
         Case::Bandwidth { bytes } => Ok(bandwidth(*bytes)),
+        Case::Model { shape, dtype, folder } => {
+            write_model(folder, shape, *dtype)?;
+            Ok(Box::new(|| Ok(())))
+        }
     }
 }
 
+/// Numbers as bytes.
+struct Bytes<T>(Vec<T>);
+
+impl<T: bytemuck::Pod> AsRef<[u8]> for Bytes<T> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+/// Drawn where it stays: room that is freed would be used by what runs and hide its memory.
 fn weight(dtype: Precision, rows: usize, cols: usize) -> HostMatrix {
-    let host = HostMatrix::from_f32(rows, cols, &floats(rows * cols, 1));
-    if dtype == Precision::Bfloat16 { host.to_bf16() } else { host }
+    let values = drawn(1).take(rows * cols);
+    let (dtype, owner): (_, Arc<dyn AsRef<[u8]> + Send + Sync>) = match dtype {
+        Precision::Float32 => (Dtype::F32, Arc::new(Bytes(values.collect::<Vec<_>>()))),
+        Precision::Bfloat16 => {
+            (Dtype::Bf16, Arc::new(Bytes(values.map(|x| bf16::from_f32(x).to_bits()).collect::<Vec<_>>())))
+        }
+    };
+    HostMatrix::new(rows, cols, dtype, owner, 0)
 }
 
 fn device(dtype: Precision) -> Cpu<f32> {
@@ -70,7 +94,7 @@ fn device(dtype: Precision) -> Cpu<f32> {
 
 fn gemm(dtype: Precision, m: usize, n: usize, k: usize) -> Work {
     let device = device(dtype);
-    let (w, x) = (device.weight(weight(dtype, n, k)), floats(m * k, 2));
+    let (w, x) = (device.weight(weight(dtype, n, k)), floats(2, m * k));
     let mut y = vec![0.0; m * n];
     Box::new(move || {
         let w = MatrixRef::Frozen(&w);
@@ -95,8 +119,8 @@ fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize
     };
     let w = device.weight(weight(dtype, d_out, d_in));
     let len = adapter.as_ref().map_or(0, smore::adapter::Adapter::len);
-    let params: Vec<f32> = floats(len, 3).iter().map(|v| v * 0.05).collect();
-    let (x, dy) = (floats(n * d_in, 4), floats(n * d_out, 5));
+    let params: Vec<f32> = drawn(3).take(len).map(|v| v * 0.05).collect();
+    let (x, dy) = (floats(4, n * d_in), floats(5, n * d_out));
     let (mut y, mut dx, mut grads) = (vec![1.0; n * d_out], vec![1.0; n * d_in], vec![1.0; len]);
     Ok(Box::new(move || {
         let frozen = MatrixRef::Frozen(&w);
@@ -124,7 +148,9 @@ fn model(
     context: usize,
 ) -> Result<Model<Cpu<f32>>> {
     let folder = tempfile::tempdir()?;
-    write_model(folder.path(), shape, dtype)?;
+    // By another process, for the same reason as in `weight`.
+    let (shape, path) = (*shape, folder.path().to_owned());
+    Worker::ours(&Case::Model { shape, dtype, folder: path })?.end()?;
     let opened = ModelFolder::open(folder.path())?;
     let adapters = if adapter == Adapter::None {
         Adapters::none(&opened.spec)
@@ -132,7 +158,7 @@ fn model(
         let config = serde_json::from_value(adapter.config(&crate::case::ffn())?)?;
         Adapters::new(&config, &opened.spec).map_err(anyhow::Error::msg)?
     };
-    let values = floats(adapters.init(1).len(), 6).iter().map(|v| v * 0.02).collect::<Vec<_>>();
+    let values: Vec<f32> = drawn(6).take(adapters.init(1).len()).map(|v| v * 0.02).collect();
     Ok(Model::new(device(dtype), &opened, adapters, &values, context))
 }
 

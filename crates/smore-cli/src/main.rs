@@ -88,7 +88,7 @@ enum Command {
 fn main() -> ExitCode {
     // `smore ... | head` ends quietly, as other programs do.
     sigpipe::reset();
-    smore_engine::cpu::keep_freed_memory();
+    smore_engine::heap::prepare();
     let result = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Compare(args) => compare::run(&args),

@@ -10,6 +10,7 @@ pub mod buffer;
 pub mod cpu;
 pub mod device;
 pub mod float;
+pub mod heap;
 pub mod matrix;
 pub mod scratch;
 pub mod team;

@@ -68,21 +68,6 @@ pub fn matrix_unit() -> bool {
     false
 }
 
-/// Keeps freed memory for what is allocated next instead of giving it back to the system and asking
-/// for it again: training allocates the same buffers step after step. For programs to call before
-/// they start a thread; does nothing where the C library is not glibc.
-pub fn keep_freed_memory() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: mallopt sets numbers of the allocator.
-    unsafe {
-        // The largest that is taken; what is larger comes from the system each time.
-        libc::mallopt(libc::M_MMAP_THRESHOLD, 32 << 20);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, libc::c_int::MAX);
-        // One store for all threads: each finds the room that another has left.
-        libc::mallopt(libc::M_ARENA_MAX, 1);
-    }
-}
-
 impl Cpu<f32> {
     /// As [`Cpu::new`], but what waits for the backward pass is kept in bf16, and products have factors
     /// of 16 bits where this processor multiplies those faster ([`Cpu::factors`]). Products with few
