@@ -25,7 +25,9 @@ const ROOM: usize = 9 << 17;
 const HIGH: usize = 512;
 const WIDE: usize = 256;
 /// The fewest columns, where there are not enough tasks.
-const NARROW: usize = 64;
+const NARROW: usize = 128;
+/// An operand with so many times the lines of the other is packed by tasks, not as a whole.
+const THIN: usize = 4;
 /// The fewest rows of a task, where columns are few.
 const LOW: usize = 256;
 /// Tasks of a thread, so that one whose core is busy with other things leaves some to the others.
@@ -52,13 +54,15 @@ pub(super) unsafe fn product<const P: usize, const Q: usize>(
 ) {
     // What is left is packed as a whole, and where lines are beside each other it has to be turned for
     // that: let it be the smaller one, and turn what comes of it.
-    let turned = P == Q && a.across() && b.lines < a.lines;
+    let words = b.lines.div_ceil(SIDE) * words_of(a.depth) * P;
+    let thin = b.lines * THIN <= a.lines && words <= ROOM / 2;
+    let turned = P == Q && (thin || a.across() && b.lines < a.lines);
     let (a, b) = if turned { (b, a) } else { (a, b) };
     let (m, n) = (a.lines, b.lines);
     let wanted = TASKS * rayon::current_num_threads();
     let mut c = Sum { bias, turned, ..Sum::of(c, scale, add) };
     let whole = Stretch { first: 0, length: a.depth };
-    let at_once = alike(a.depth, DEPTH / P, 2 * stretch_of(P));
+    let at_once = alike(a.depth, Blocks::<P>::deepest(m).max(DEPTH / P), 2 * stretch_of(P));
     for deep in whole.pieces(at_once.max(1)) {
         let blocks = Blocks::<P>::of(deep);
         let high = alike(m, ROOM / blocks.apart() * SIDE, SIDE);
@@ -207,7 +211,7 @@ fn alike(length: usize, most: usize, of: usize) -> usize {
 /// Rows and columns of a task: narrow before they are low, since every task packs its columns.
 fn task(rows: usize, cols: usize, wanted: usize) -> (usize, usize) {
     let cut = |lines: usize, parts: usize| lines.div_ceil(parts).next_multiple_of(SIDE);
-    let high = rows.div_ceil(HIGH);
+    let high = rows.div_ceil(if cols >= wanted * WIDE { 2 * HIGH } else { HIGH });
     let wide = cut(cols, wanted.div_ceil(high)).clamp(NARROW.min(cut(cols, 1)), WIDE);
     let high = wanted.div_ceil(cols.div_ceil(wide)).min(rows.div_ceil(LOW)).max(high);
     (cut(rows, high), wide)
@@ -225,6 +229,13 @@ impl<const P: usize> Blocks<P> {
         let stretches: Vec<Stretch> = deep.pieces(2 * stretch_of(P)).collect();
         let room = words_of(stretches[0].length) * P;
         Self { stretches, room }
+    }
+
+    /// Elements of depth for which so many rows have room.
+    fn deepest(rows: usize) -> usize {
+        let room = words_of(2 * stretch_of(P)) * P;
+        let apart = ROOM / rows.div_ceil(SIDE).max(1);
+        apart.saturating_sub(room / 2) / room * 2 * stretch_of(P)
     }
 
     /// Words from one block to the next. Blocks whose distance is a large power of two would take each
