@@ -77,7 +77,7 @@ pub(super) unsafe fn product<const P: usize, const Q: usize>(
             });
             let pass = Pass::<P, Q> { blocks: &blocks, left: packed, top, b, c: &c };
             let rows = high.min(m - top);
-            let (task_rows, task_cols) = task(rows, n, wanted);
+            let (task_rows, task_cols) = task(P, rows, n, wanted);
             // By rows: what a thread has packed and what it writes stays in its own cache.
             let tasks = (0..rows)
                 .step_by(task_rows)
@@ -208,10 +208,12 @@ fn alike(length: usize, most: usize, of: usize) -> usize {
     length.div_ceil(pieces).next_multiple_of(of).min(length)
 }
 
-/// Rows and columns of a task: narrow before they are low, since every task packs its columns.
-fn task(rows: usize, cols: usize, wanted: usize) -> (usize, usize) {
+/// Rows and columns of a task: narrow before they are low, since every task packs its columns. In one part
+/// packing weighs more than the room that sums of more rows take from the second cache.
+fn task(parts: usize, rows: usize, cols: usize, wanted: usize) -> (usize, usize) {
     let cut = |lines: usize, parts: usize| lines.div_ceil(parts).next_multiple_of(SIDE);
-    let high = rows.div_ceil(if cols >= wanted * WIDE { 2 * HIGH } else { HIGH });
+    let highest = if parts == 1 && cols >= wanted * WIDE { 2 * HIGH } else { HIGH };
+    let high = rows.div_ceil(highest);
     let wide = cut(cols, wanted.div_ceil(high)).clamp(NARROW.min(cut(cols, 1)), WIDE);
     let high = wanted.div_ceil(cols.div_ceil(wide)).min(rows.div_ceil(LOW)).max(high);
     (cut(rows, high), wide)
