@@ -81,9 +81,10 @@ fn weight(dtype: Precision, rows: usize, cols: usize) -> HostMatrix {
     let values = drawn(1).take(rows * cols);
     let (dtype, owner): (_, Arc<dyn AsRef<[u8]> + Send + Sync>) = match dtype {
         Precision::Float32 => (Dtype::F32, Arc::new(Bytes(values.collect::<Vec<_>>()))),
-        Precision::Bfloat16 => {
-            (Dtype::Bf16, Arc::new(Bytes(values.map(|x| bf16::from_f32(x).to_bits()).collect::<Vec<_>>())))
-        }
+        Precision::Bfloat16 => (
+            Dtype::Bf16,
+            Arc::new(Bytes(values.map(|x| bf16::from_f32(x).to_bits()).collect::<Vec<_>>())),
+        ),
     };
     HostMatrix::new(rows, cols, dtype, owner, 0)
 }
