@@ -53,7 +53,10 @@ fn prepare(case: &Case) -> Result<Work> {
     match case {
         Case::Gemm { dtype, m, n, k, .. } => Ok(gemm(*dtype, *m, *n, *k)),
         Case::Layer { adapter, dtype, tokens, d_in, d_out, small_pages } => {
+            #[cfg(target_os = "linux")]
             rustix::thread::disable_transparent_huge_pages(*small_pages)?;
+            #[cfg(not(target_os = "linux"))]
+            anyhow::ensure!(!small_pages, "pages are those of the system here");
             layer(*adapter, *dtype, *tokens, *d_in, *d_out)
         }
         Case::Step(step) => training_step(step),

@@ -16,7 +16,8 @@ use super::tiling::{pack_block, pack_panels, turn, words_of};
 use crate::{Scratch, team};
 use std::ops::Range;
 
-/// Elements of depth that are packed at a time, in one part; a third of them in three.
+/// Elements of depth that are packed at a time, in one part; a third of them in three, after which sums are added to
+/// C: with longer ones a product errs more than one in f32 does.
 const DEPTH: usize = 4096;
 /// Words of the left operand that are packed at a time: [`HIGH`] rows of that depth, and an eighth more for what
 /// lies between blocks.
@@ -62,7 +63,7 @@ pub(super) unsafe fn product<const P: usize, const Q: usize>(
     let wanted = TASKS * rayon::current_num_threads();
     let mut c = Sum { bias, turned, ..Sum::of(c, scale, add) };
     let whole = Stretch { first: 0, length: a.depth };
-    let at_once = alike(a.depth, Blocks::<P>::deepest(m).max(DEPTH / P), 2 * stretch_of(P));
+    let at_once = alike(a.depth, DEPTH / P, 2 * stretch_of(P));
     for deep in whole.pieces(at_once.max(1)) {
         let blocks = Blocks::<P>::of(deep);
         let high = alike(m, ROOM / blocks.apart() * SIDE, SIDE);
@@ -231,13 +232,6 @@ impl<const P: usize> Blocks<P> {
         let stretches: Vec<Stretch> = deep.pieces(2 * stretch_of(P)).collect();
         let room = words_of(stretches[0].length) * P;
         Self { stretches, room }
-    }
-
-    /// Elements of depth for which so many rows have room.
-    fn deepest(rows: usize) -> usize {
-        let room = words_of(2 * stretch_of(P)) * P;
-        let apart = ROOM / rows.div_ceil(SIDE).max(1);
-        apart.saturating_sub(room / 2) / room * 2 * stretch_of(P)
     }
 
     /// Words from one block to the next. Blocks whose distance is a large power of two would take each
