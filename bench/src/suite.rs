@@ -55,6 +55,16 @@ fn measured(worker: Worker, mut times: Vec<f64>) -> Result<Measured> {
     Ok(Measured { seconds: times[times.len() / 2], peak, beyond: peak - prepared })
 }
 
+fn three_times<T>(measure: impl Fn() -> Result<T>) -> Result<[T; 3]> {
+    Ok([measure()?, measure()?, measure()?])
+}
+
+/// The median in the middle.
+fn ordered(mut figures: [f64; 3]) -> [f64; 3] {
+    figures.sort_by(f64::total_cmp);
+    figures
+}
+
 /// The suite while it runs.
 struct Suite<'a> {
     args: &'a Args,
@@ -175,31 +185,36 @@ impl Suite<'_> {
             cases.map(|case| Worker::ours(&case)).collect::<Result<Vec<_>>>()
         };
         let with = [Adapter::None, Adapter::Lora(128), Adapter::Smore];
-        let all = by_turns(workers(&with, false)?, 2 * self.rounds)?;
+        // Where its memory lies makes a process some hundredths faster than another, and what a thread comes
+        // to hold depends on which tasks it happens to take.
+        let all = three_times(|| by_turns(workers(&with, false)?, self.rounds))?;
         let flops = 4.0 * (tokens * d_in * d_out) as f64;
-        for (m, name) in all.iter().zip(["frozen linear", "with LoRA of rank 128", "with S'MoRE"]) {
+        let ratio = |of: usize, to: usize| {
+            ordered(all.each_ref().map(|all| all[of].seconds / all[to].seconds))
+        };
+        for (i, name) in
+            ["frozen linear", "with LoRA of rank 128", "with S'MoRE"].iter().enumerate()
+        {
+            let seconds = ordered(all.each_ref().map(|all| all[i].seconds))[1];
+            let [least, median, most] = ratio(i, 0);
             println!(
-                "  {name:22} {:7.1} ms, {:4.2} x the linear, linear at {:5.1}% of the ceiling",
-                m.seconds * 1e3,
-                m.seconds / all[0].seconds,
-                flops / m.seconds / 1e7 / self.ceiling[0]
+                "  {name:22} {:7.1} ms, {median:4.2} x the linear ({least:4.2} to {most:4.2} in three \
+                 processes), linear at {:5.1}% of the ceiling",
+                seconds * 1e3,
+                flops / seconds / 1e7 / self.ceiling[0]
             );
         }
-        // What a thread comes to hold depends on which tasks it happens to take.
-        let beyond = || -> Result<f64> {
+        let [least, bytes, most] = ordered(three_times(|| {
             let small = by_turns(workers(&[Adapter::None, Adapter::Smore], true)?, self.rounds)?;
             Ok((small[1].beyond - small[0].beyond) / tokens as f64)
-        };
-        let mut bytes = [beyond()?, beyond()?, beyond()?];
-        bytes.sort_by(f64::total_cmp);
-        let [least, bytes, most] = bytes;
+        })?);
         println!(
             "  S'MoRE's memory beyond the linear's, on small pages: {bytes:.0} bytes a token \
              ({least:.0} to {most:.0} in three processes)"
         );
         self.figure("smore_layer_bytes_per_token", bytes);
-        self.ratio("smore_to_lora_same_rank", Some(all[2].seconds / all[1].seconds));
-        self.ratio("smore_plus_linear_to_linear", Some(all[2].seconds / all[0].seconds));
+        self.ratio("smore_to_lora_same_rank", Some(ratio(2, 1)[1]));
+        self.ratio("smore_plus_linear_to_linear", Some(ratio(2, 0)[1]));
         Ok(())
     }
 

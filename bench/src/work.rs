@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use half::bf16;
 use rayon::prelude::*;
 use serde_json::{Value, json};
-use smore::adapter::{AnyAdapter, AnySaved, Lora, MapAdapter, Mode, Smore};
+use smore::adapter::{AnyAdapter, AnySaved, Lora, Map, MapAdapter, Mode, Smore};
 use smore::spec::{LoraSpec, SmoreSpec};
 use smore_engine::{Cpu, Device, Dtype, HostMatrix, MatrixRef, View, ViewMut};
 use smore_tune::config::{AdapterConfig, TrainConfig};
@@ -130,16 +130,17 @@ fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize
         let frozen = MatrixRef::Frozen(&w);
         let (x, dy) = (View::new(&x, n * d_in), View::new(&dy, n * d_out));
         let params = View::new(&params, len);
-        grads.fill(0.0);
-        device.linear(x, frozen, None, ViewMut::new(&mut y, n * d_out), n, false);
-        let saved: Option<AnySaved<Cpu<f32>>> = adapter
-            .as_ref()
-            .map(|a| a.forward(&device, Mode::plain(), params, x, ViewMut::new(&mut y, n * d_out)));
-        device.linear_backward(dy, frozen, ViewMut::new(&mut dx, n * d_in), n, false);
-        if let (Some(a), Some(mut saved)) = (&adapter, saved) {
-            let (grads, dx) = (ViewMut::new(&mut grads, len), ViewMut::new(&mut dx, n * d_in));
-            a.backward(&device, Mode::plain(), 1.0, params, &mut saved, x, dy, grads, Some(dx));
-        }
+        let (y, dx) = (ViewMut::new(&mut y, n * d_out), ViewMut::new(&mut dx, n * d_in));
+        let Some(a) = &adapter else {
+            device.linear(x, frozen, None, y, n, false);
+            device.linear_backward(dy, frozen, dx, n, false);
+            return Ok(());
+        };
+        let map = || Map { w: frozen, bias: None, accumulate: false };
+        let (mode, mut grads) = (Mode::plain(), ViewMut::new(&mut grads, len));
+        device.clear(grads.rb());
+        let mut saved: AnySaved<Cpu<f32>> = a.forward_on(&device, mode, params, map(), x, y);
+        a.backward_on(&device, mode, 1.0, params, map(), &mut saved, x, dy, grads, Some(dx));
         Ok(())
     }))
 }

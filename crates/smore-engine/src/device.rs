@@ -98,6 +98,21 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
         accumulate: bool,
     );
 
+    /// [`Device::linear`] of two maps added up: y = x W^T + bias + x' W'^T + bias' (+ y where `accumulate`). A map
+    /// and what an adapter adds to it, without y being read and written again.
+    fn linear_sum(&self, terms: [Term<Self>; 2], mut y: ViewMut<Self>, n: usize, accumulate: bool) {
+        let [one, other] = terms;
+        self.linear(one.x, one.w, one.bias, y.rb(), n, accumulate);
+        self.linear(other.x, other.w, other.bias, y, n, true);
+    }
+
+    /// [`Device::linear_backward`] of two maps with the same dy, which may be read once for both.
+    fn linear_backward_both(&self, dy: View<Self>, maps: [Slopes<Self>; 2], n: usize) {
+        for Slopes { w, dx, accumulate } in maps {
+            self.linear_backward(dy, w, dx, n, accumulate);
+        }
+    }
+
     /// y_i = row `ids[i]` of the table.
     fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>);
     /// Adds row i of dy to row `ids[i]` of dtable.
@@ -260,6 +275,36 @@ impl<D: Device> Clone for MatrixRef<'_, D> {
     }
 }
 impl<D: Device> Copy for MatrixRef<'_, D> {}
+
+impl<D: Device> MatrixRef<'_, D> {
+    /// `[rows, cols]`
+    pub fn shape(&self, device: &D) -> (usize, usize) {
+        match *self {
+            Self::Frozen(weight) => device.weight_shape(weight),
+            Self::Trained(_, rows, cols) => (rows, cols),
+        }
+    }
+}
+
+/// One of the linear maps of a sum.
+pub struct Term<'a, D: Device> {
+    /// Its input, `[n, d_in]`
+    pub x: View<'a, D>,
+    /// W `[d_out, d_in]`
+    pub w: MatrixRef<'a, D>,
+    /// `[d_out]`
+    pub bias: Option<View<'a, D>>,
+}
+
+/// Slopes by the input of one of several linear maps.
+pub struct Slopes<'a, D: Device> {
+    /// W `[d_out, d_in]`
+    pub w: MatrixRef<'a, D>,
+    /// Where they go, `[n, d_in]`
+    pub dx: ViewMut<'a, D>,
+    /// Whether they are added to what is there.
+    pub accumulate: bool,
+}
 
 /// Heads and spans of an attention call.
 #[derive(Clone, Debug)]

@@ -18,7 +18,8 @@ pub mod team;
 pub use buffer::{Mat, MatMut, View, ViewMut};
 pub use cpu::Cpu;
 pub use device::{
-    AdamW, AttentionShape, CrossEntropy, Device, Dropout, GateActivation, MatrixRef, RmsNorm, Span,
+    AdamW, AttentionShape, CrossEntropy, Device, Dropout, GateActivation, MatrixRef, RmsNorm,
+    Slopes, Span, Term,
 };
 pub use float::Float;
 pub use matrix::{Dtype, HostMatrix};

@@ -157,13 +157,11 @@ pub struct Pass<'a, T> {
 
 /// The pass over tokens as a device computes it.
 pub trait AdapterKernels: Device {
-    /// Routes every token from token `first` on that `z` holds and propagates its tree: `hidden
-    /// [n, d_L]` from `z [n, stack_width]`.
+    /// Routes every token and propagates its tree: `hidden [n, d_L]` from `z [n, stack_width]`.
     fn tree_forward(
         &self,
         pass: &Pass<Self::Elem>,
         params: View<Self>,
-        first: usize,
         z: View<Self>,
         hidden: ViewMut<Self>,
     ) -> Vec<RoutedTokens<Self::Elem>>;
@@ -185,17 +183,15 @@ pub trait AdapterKernels: Device {
         hidden: ViewMut<Self>,
     ) -> RoutedTokens<Self::Elem>;
 
-    /// Backward of [`AdapterKernels::tree_forward`] on the same trees, for the tokens from `first`
-    /// on that `z` and `hidden` hold. Adds parameter gradients to `grads` (the adapter's run), turns
-    /// `z` into the slopes by it, and the slopes in `hidden` into the embedding itself. Slopes of
-    /// the balance loss enter times `balance_scale`.
+    /// Backward of [`AdapterKernels::tree_forward`] on the same trees. Adds parameter gradients to
+    /// `grads` (the adapter's run), turns `z` into the slopes by it, and the slopes in `hidden` into the
+    /// embedding itself. Slopes of the balance loss enter times `balance_scale`.
     fn tree_backward(
         &self,
         pass: &Pass<Self::Elem>,
         routing: &Routing<Self::Elem>,
         balance_scale: f64,
         params: View<Self>,
-        first: usize,
         z: ViewMut<Self>,
         grads: ViewMut<Self>,
         hidden: ViewMut<Self>,
@@ -379,7 +375,6 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         &self,
         pass: &Pass<T>,
         params: View<Self>,
-        first: usize,
         z: View<Self>,
         hidden: ViewMut<Self>,
     ) -> Vec<RoutedTokens<T>> {
@@ -389,7 +384,7 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         let (z, hidden) = (Self::slice(z), Self::slice_mut(hidden));
         let blocks = hidden.chunks_mut(BLOCK * root).zip(z.chunks(BLOCK * width));
         team::map(blocks.enumerate(), |(i, (hidden, z))| {
-            let (first, count) = (first + i * BLOCK, hidden.len() / root);
+            let (first, count) = (i * BLOCK, hidden.len() / root);
             let block = forward_block(&core, pass, first, count, z, None);
             hidden.copy_from_slice(&block.layers[spec.depth() - 1].hidden);
             let valid = pass.valid.map(|v| &v[first..first + count]);
@@ -439,7 +434,6 @@ impl<T: Float> AdapterKernels for Cpu<T> {
         routing: &Routing<T>,
         balance_scale: f64,
         params: View<Self>,
-        first: usize,
         z: ViewMut<Self>,
         grads: ViewMut<Self>,
         hidden: ViewMut<Self>,
@@ -464,7 +458,7 @@ impl<T: Float> AdapterKernels for Cpu<T> {
             team::each(
                 blocks.zip(parts.chunks_exact_mut(len)).enumerate(),
                 |(i, ((z, hidden), grads))| {
-                    let token = first + w * wave + i * BLOCK;
+                    let token = w * wave + i * BLOCK;
                     let tree = routing.tree.tokens(spec, token, hidden.len() / root);
                     grads.fill(T::ZERO);
                     backward_block(&core, pass, token, tree, z, hidden, &slopes, grads);

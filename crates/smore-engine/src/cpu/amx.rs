@@ -267,25 +267,26 @@ kernel!(
 
 /// `sums`, 32 x 32 in f32, = A B, + `sums` where `add`.
 ///
-/// A is in `P` parts of which each element is the sum, pairs in bf16: for every 16 words of depth and every part
-/// two tiles of 16 rows, `[depth / 16, P, 2, 16, 16]`. B is in `Q` parts, `[depth / 16, Q, 16, 32]`. Products of
+/// A is in `p` parts of which each element is the sum, pairs in bf16: for every 16 words of depth and every part
+/// two tiles of 16 rows, `[depth / 16, p, 2, 16, 16]`. B is in `q` parts, `[depth / 16, q, 16, 32]`. Products of
 /// parts that together are no more than 2^-24 of the whole are left out. The lines from `ahead` on are
 /// asked for, [`AHEAD`] for every 16 words of depth and part of A.
 ///
 /// # Panics
 /// If the operands do not have whole tiles, the same depth or 1 or 3 parts, or sums are not so many.
-pub(super) fn multiply<const P: usize, const Q: usize>(
+pub(super) fn multiply(
     _: &Unit,
+    (p, q): (usize, usize),
     a: &[u32],
     b: &[u32],
     sums: &mut [f32],
     add: bool,
     ahead: *const u32,
 ) {
-    let steps = a.len() / (P * PAIR);
-    assert!(a.len() == steps * P * PAIR && b.len() == steps * Q * PAIR, "tiles of a product");
+    let steps = a.len() / (p * PAIR);
+    assert!(a.len() == steps * p * PAIR && b.len() == steps * q * PAIR, "tiles of a product");
     assert!(sums.len() == SIDE * SIDE, "sums of a product");
-    let kernel = match (P, Q) {
+    let kernel = match (p, q) {
         (1, 1) => one_by_one,
         (3, 1) => three_by_one,
         (3, 3) => three_by_three,

@@ -7,17 +7,24 @@ use std::mem::MaybeUninit;
 /// Elements of one task; fixed, so that sums are grouped alike on every machine.
 pub(super) const CHUNK: usize = 1 << 14;
 
+/// Elements of a task that only writes zeros.
+const ZEROS: usize = 4 * CHUNK;
+
 /// Zeros, written by all threads where there are many: memory that was used before has to be.
 pub(super) fn zeros<T: Float>(len: usize) -> Vec<T> {
-    if len < 4 * CHUNK {
+    if len < ZEROS {
         return vec![T::ZERO; len];
     }
     let mut all = Vec::with_capacity(len);
     let room = &mut all.spare_capacity_mut()[..len];
-    team::each(room.chunks_mut(4 * CHUNK), |x| x.fill(MaybeUninit::new(T::ZERO)));
+    team::each(room.chunks_mut(ZEROS), |x| x.fill(MaybeUninit::new(T::ZERO)));
     // SAFETY: the first `len` elements were written.
     unsafe { all.set_len(len) };
     all
+}
+
+pub(super) fn clear<T: Float>(x: &mut [T]) {
+    team::each(x.chunks_mut(ZEROS), |x| x.fill(T::ZERO));
 }
 
 /// Elements to be overwritten: anything, and NaN where debug assertions are on.

@@ -9,7 +9,9 @@ use super::packed;
 #[cfg(target_arch = "x86_64")]
 use super::packing::{Operand, Words};
 use super::simd::simd;
-use crate::{Dtype, Float, HostMatrix, MatrixRef, team};
+#[cfg(target_arch = "x86_64")]
+use super::tiles::Product;
+use crate::{Dtype, Float, HostMatrix, MatrixRef, Slopes, Term, team};
 
 /// Rows of W that are widened at a time. Every product packs x anew, so that few rows cost more
 /// than the memory for many (docs/performance.md).
@@ -31,13 +33,13 @@ impl<T: Float> Cpu<T> {
         if n <= few::FEW_TOKENS {
             return few::forward(x, w, bias, y, n, accumulate);
         }
-        let x = Strided::new(x, n, d_in);
         #[cfg(target_arch = "x86_64")]
         if let Some((words, b)) = self.packed(w, n) {
-            let a = x.cast().and_then(Operand::rows_of).expect("rows of f32");
+            let a = rows_of(x, n, d_in);
             let (c, bias) = (StridedMut::new(y, n, d_out).cast(), bias.map(bytemuck::cast_slice));
             return packed::product(words, 1.0, a, b, bias, c.expect("f32"), accumulate);
         }
+        let x = Strided::new(x, n, d_in);
         let beta = if accumulate || bias.is_some() { T::ONE } else { T::ZERO };
         if let Some(bias) = bias {
             add_row(bias, y, accumulate);
@@ -62,8 +64,7 @@ impl<T: Float> Cpu<T> {
         assert_eq!((dy.len(), dx.len()), (n * d_out, n * d_in), "linear shapes");
         #[cfg(target_arch = "x86_64")]
         if let Some((words, b)) = self.packed(w, n) {
-            let dy = Strided::new(dy, n, d_out).cast();
-            let a = dy.and_then(Operand::rows_of).expect("rows of f32");
+            let a = rows_of(dy, n, d_out);
             let c = StridedMut::new(dx, n, d_in).cast().expect("f32");
             return packed::product(words, 1.0, a, b.t(), None, c, accumulate);
         }
@@ -74,6 +75,77 @@ impl<T: Float> Cpu<T> {
             let beta = if accumulate || first > 0 { T::ONE } else { T::ZERO };
             gemm(true, T::ONE, a, Strided::new(panel, rows, d_in), beta, c);
         });
+    }
+
+    /// y = x W^T + bias, summed over two maps, + y where `accumulate`.
+    pub(super) fn forward_sum(
+        self,
+        terms: &[Term<Self>; 2],
+        y: &mut [T],
+        n: usize,
+        accumulate: bool,
+    ) {
+        #[cfg(target_arch = "x86_64")]
+        if n > few::FEW_TOKENS
+            && let Some((words, rights)) = self.tiled([&terms[0].w, &terms[1].w], n)
+        {
+            let d_out = rights[0].lines;
+            let lefts = terms.each_ref().map(|term| {
+                let d_in = shape(&term.w).1;
+                assert_eq!((term.x.len, y.len()), (n * d_in, n * d_out), "linear shapes");
+                rows_of(Self::slice(term.x), n, d_in)
+            });
+            let biases =
+                terms.each_ref().map(|term| Some(bytemuck::cast_slice(Self::slice(term.bias?))));
+            let both: Vec<f32>;
+            let bias = match biases {
+                [Some(one), Some(other)] => {
+                    both = one.iter().zip(other).map(|(a, b): (&f32, &f32)| a + b).collect();
+                    Some(&both[..])
+                }
+                [one, other] => one.or(other),
+            };
+            let c = StridedMut::new(y, n, d_out).cast().expect("f32");
+            let product = Product { rights: &rights, scale: 1.0, bias, c, add: accumulate };
+            return packed::products(words, &lefts, vec![product]);
+        }
+        let mut accumulate = accumulate;
+        for term in terms {
+            let bias = term.bias.map(Self::slice);
+            self.forward(Self::slice(term.x), &term.w, bias, y, n, accumulate);
+            accumulate = true;
+        }
+    }
+
+    /// dx = dy W of two maps, + dx where added to.
+    pub(super) fn backward_both(self, dy: &[T], maps: [Slopes<Self>; 2], n: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if let Some((words, rights)) = self.tiled([&maps[0].w, &maps[1].w], n) {
+            let rights = rights.map(Operand::t);
+            let product = |(Slopes { dx, accumulate: add, .. }, right)| {
+                let right: &Operand = right;
+                let c = StridedMut::new(Self::slice_mut(dx), n, right.lines).cast().expect("f32");
+                let rights = std::slice::from_ref(right);
+                Product { rights, scale: 1.0, bias: None, c, add }
+            };
+            let products = maps.into_iter().zip(&rights).map(product).collect();
+            return packed::products(words, &[rows_of(dy, n, rights[0].depth)], products);
+        }
+        for Slopes { w, dx, accumulate } in maps {
+            self.backward(dy, &w, Self::slice_mut(dx), n, accumulate);
+        }
+    }
+
+    /// The rows of both W where the matrix unit multiplies them with the same words of `n` others.
+    #[cfg(target_arch = "x86_64")]
+    fn tiled<'a>(
+        self,
+        [one, other]: [&MatrixRef<'a, Self>; 2],
+        n: usize,
+    ) -> Option<(Words, [Operand<'a>; 2])> {
+        let (one, other) = (self.packed(one, n)?, self.packed(other, n)?);
+        let alike = one.0 == other.0 && one.0.tiled().is_some();
+        alike.then_some((one.0, [one.1, other.1]))
     }
 
     /// The rows of W where a kernel of our own multiplies them with `n` others, and in which words.
@@ -100,6 +172,12 @@ impl<T: Float> Cpu<T> {
         }
         packed::available(words).then_some((words, rows))
     }
+}
+
+/// What [`Cpu::packed`] multiplies with.
+#[cfg(target_arch = "x86_64")]
+fn rows_of<T: Float>(x: &[T], n: usize, width: usize) -> Operand<'_> {
+    Strided::new(x, n, width).cast().and_then(Operand::rows_of).expect("rows of f32")
 }
 
 pub(super) fn shape<T: Float>(w: &MatrixRef<Cpu<T>>) -> (usize, usize) {
@@ -179,7 +257,7 @@ pub(super) fn f16(bytes: [u8; 2]) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::View;
+    use crate::{View, ViewMut};
     use std::sync::Arc;
 
     fn value(i: usize) -> f32 {
@@ -229,6 +307,76 @@ mod tests {
         for w in [MatrixRef::Frozen(&host), MatrixRef::Trained(View::new(&w, len), d_out, d_in)] {
             few::chosen_rows(w, &rows, &x, &mut some);
             assert!(rows.iter().zip(&some).all(|(&r, &y)| y == all[r]));
+        }
+    }
+
+    /// For few and many tokens, depths that go together with the other map's and such that do not, on any number of
+    /// threads with the same bits.
+    #[test]
+    fn two_maps_at_once_give_what_they_give_apart() {
+        let values = |n: usize, by: usize| (0..n).map(|i| value(i * by + 3)).collect::<Vec<_>>();
+        let apart = |a: &[f32], b: &[f32]| {
+            let most = |x: &mut dyn Iterator<Item = f32>| x.fold(0f32, |most, x| most.max(x.abs()));
+            most(&mut a.iter().zip(b).map(|(a, b)| a - b)) / most(&mut b.iter().copied())
+        };
+        for (device, allowed) in [(Cpu::new(), 2e-6), (Cpu::mixed(), 2e-6)] {
+            for (n, d_in, rank, d_out) in
+                [(3, 40, 8, 50), (70, 40, 8, 50), (70, 1300, 100, 90), (600, 1500, 130, 200)]
+            {
+                let w = stored(d_out, d_in, Dtype::Bf16, 0);
+                let (x, h, dy) = (values(n * d_in, 7), values(n * rank, 5), values(n * d_out, 11));
+                let (u, rows) = (values(d_out * rank, 13), [values(d_out, 3), values(d_out, 19)]);
+                let maps = [
+                    MatrixRef::Frozen(&w),
+                    MatrixRef::Trained(View::new(&u, u.len()), d_out, rank),
+                ];
+                let inputs = [&x, &h];
+                for (biases, accumulate) in [(0, false), (1, true), (2, true), (3, false)] {
+                    let terms = [0, 1].map(|i| Term {
+                        x: View::new(inputs[i], inputs[i].len()),
+                        w: maps[i],
+                        bias: (biases & (i + 1) > 0).then(|| View::new(&rows[i], d_out)),
+                    });
+                    let sum = |threads| {
+                        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                        let mut y = values(n * d_out, 17);
+                        pool.unwrap().install(|| device.forward_sum(&terms, &mut y, n, accumulate));
+                        y
+                    };
+                    let mut want = values(n * d_out, 17);
+                    for (i, Term { x, w, bias }) in terms.iter().enumerate() {
+                        let bias = bias.map(Cpu::slice);
+                        let (x, more) = (Cpu::slice(*x), accumulate || i > 0);
+                        device.forward(x, w, bias, &mut want, n, more);
+                    }
+                    let y = sum(1);
+                    assert!(apart(&y, &want) < allowed, "{n} tokens: {}", apart(&y, &want));
+                    assert!(y == sum(2) && y == sum(3), "{n} tokens on threads");
+
+                    let both = |threads| {
+                        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                        let (mut dx, mut dh) = (x.clone(), h.clone());
+                        let slopes = [
+                            Slopes { w: maps[0], dx: ViewMut::new(&mut dx, x.len()), accumulate },
+                            Slopes {
+                                w: maps[1],
+                                dx: ViewMut::new(&mut dh, h.len()),
+                                accumulate: false,
+                            },
+                        ];
+                        pool.unwrap().install(|| device.backward_both(&dy, slopes, n));
+                        [dx, dh]
+                    };
+                    let mut want = [x.clone(), h.clone()];
+                    device.backward(&dy, &maps[0], &mut want[0], n, accumulate);
+                    device.backward(&dy, &maps[1], &mut want[1], n, false);
+                    let slopes = both(1);
+                    for (got, want) in slopes.iter().zip(&want) {
+                        assert!(apart(got, want) < allowed, "{n} tokens: {}", apart(got, want));
+                    }
+                    assert!(slopes == both(2) && slopes == both(3), "{n} tokens on threads");
+                }
+            }
         }
     }
 

@@ -41,7 +41,7 @@ pub use simd::{dispatch, dot, simd};
 
 use crate::{
     AdamW, AttentionShape, CrossEntropy, Device, Dropout, Dtype, Float, GateActivation, HostMatrix,
-    Mat, MatMut, MatrixRef, RmsNorm, View, ViewMut, team,
+    Mat, MatMut, MatrixRef, RmsNorm, Slopes, Term, View, ViewMut, team,
 };
 use std::marker::PhantomData;
 
@@ -158,7 +158,7 @@ impl<T: Float> Device for Cpu<T> {
     }
 
     fn clear(&self, view: ViewMut<Self>) {
-        Self::slice_mut(view).fill(T::ZERO);
+        elementwise::clear(Self::slice_mut(view));
     }
 
     fn len(&self, buf: &Vec<T>) -> usize {
@@ -216,6 +216,14 @@ impl<T: Float> Device for Cpu<T> {
         accumulate: bool,
     ) {
         self.backward(Self::slice(dy), &w, Self::slice_mut(dx), n, accumulate);
+    }
+
+    fn linear_sum(&self, terms: [Term<Self>; 2], y: ViewMut<Self>, n: usize, accumulate: bool) {
+        self.forward_sum(&terms, Self::slice_mut(y), n, accumulate);
+    }
+
+    fn linear_backward_both(&self, dy: View<Self>, maps: [Slopes<Self>; 2], n: usize) {
+        self.backward_both(Self::slice(dy), maps, n);
     }
 
     fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>) {

@@ -9,12 +9,13 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 use std::sync::LazyLock;
 
+use super::amx;
 use super::gemm::{Shared, StridedMut};
 use super::packing::{
     LANES, Operand, Powers, Stretch, Words, largest, mask, pack_halves, pack_pairs, pack_wide,
 };
-use super::{amx, tiles};
-use crate::{Dtype, Scratch, team};
+use super::tiles::{self, Product};
+use crate::{Scratch, team};
 
 /// Rows and columns of the tile whose sums stay in registers: 24 of 32.
 const ROWS: usize = 12;
@@ -84,6 +85,21 @@ pub(super) fn slim(words: Words) -> usize {
     if matches!(words, Words::Tiles | Words::Thirds) { 8 } else { 32 }
 }
 
+/// Products that have their left operands in common, by the matrix unit.
+///
+/// # Panics
+/// If the shapes do not fit, the processor has no such words or they are not the unit's.
+pub(super) fn products(words: Words, lefts: &[Operand], products: Vec<Product>) {
+    let parts = words.tiled().expect("words of the matrix unit");
+    for Product { rights, bias, c, .. } in &products {
+        assert_eq!(lefts.len(), rights.len(), "operands of a product");
+        lefts.iter().zip(*rights).for_each(|(a, b)| check(words, a, b, c));
+        assert!(bias.is_none_or(|bias| bias.len() == c.cols), "bias of a product");
+    }
+    // SAFETY: the words are available, and operands and C were checked.
+    unsafe { tiles::products(parts, lefts, products) };
+}
+
 /// C = scale A B + bias, + C where `add`.
 ///
 /// # Shapes
@@ -103,16 +119,9 @@ pub(super) fn product(
     check(words, &a, &b, &c);
     let (m, n, depth) = (c.rows, c.cols, a.depth);
     assert!(bias.is_none_or(|bias| bias.len() == n), "bias of a product");
-    // SAFETY: the words are available, and operands and C were checked.
-    unsafe {
-        match (words, b.dtype) {
-            (Words::Tiles, _) => return tiles::product::<1, 1>(scale, &a, &b, bias, c, add),
-            (Words::Thirds, Dtype::Bf16) => {
-                return tiles::product::<3, 1>(scale, &a, &b, bias, c, add);
-            }
-            (Words::Thirds, _) => return tiles::product::<3, 3>(scale, &a, &b, bias, c, add),
-            _ => {}
-        }
+    if let Some(parts) = words.tiled() {
+        // SAFETY: the words are available, and operands and C were checked.
+        return unsafe { tiles::product(parts, a, Product { rights: &[b], scale, bias, c, add }) };
     }
     let stride = c.row_stride;
     let out = Shared(c.data.as_mut_ptr());
@@ -281,8 +290,9 @@ pub(super) fn product_here(
 ) {
     check(words, &a, &b, &c);
     if words == Words::Tiles {
+        let product = Product { rights: &[b], scale, bias: None, c, add };
         // SAFETY: the words are available, and operands and C were checked.
-        return unsafe { tiles::product_here(scale, &a, &b, c, add) };
+        return unsafe { tiles::product_here(&a, product) };
     }
     let (m, n, depth) = (c.rows, c.cols, a.depth);
     let (out, stride) = (c.data.as_mut_ptr(), c.row_stride);

@@ -47,6 +47,15 @@ impl Words {
     pub(super) fn room(self, width: usize, steps: usize) -> usize {
         width * (steps + usize::from(self == Self::Halves))
     }
+
+    /// In how many parts the matrix unit takes an element, where such words are for it.
+    pub(super) fn tiled(self) -> Option<usize> {
+        match self {
+            Self::Tiles => Some(1),
+            Self::Thirds => Some(3),
+            Self::Wide | Self::Pairs | Self::Halves => None,
+        }
+    }
 }
 
 /// An operand as lines of one depth: rows of the left one, columns of the right one.

@@ -13,7 +13,7 @@ use super::gemm::{Shared, StridedMut};
 use super::packed::{Tile, store_sums};
 use super::packing::{Operand, Stretch};
 use super::tiling::{pack_block, pack_panels, turn, words_of};
-use crate::{Scratch, team};
+use crate::{Dtype, Scratch, team};
 use std::ops::Range;
 
 /// Elements of depth that are packed at a time, in one part; a third of them in three, after which sums are added to
@@ -40,66 +40,128 @@ const fn stretch_of(parts: usize) -> usize {
     if parts == 1 { 128 } else { 64 }
 }
 
-/// C = scale A B + bias, + C where `add`, with A in `P` parts, B in `Q` and sums in f32.
+/// C = scale (A_1 B_1 + A_2 B_2 + ..) + bias, + C where `add`: one of several that have all A in common.
+pub(super) struct Product<'a> {
+    /// B_1, B_2, ..
+    pub(super) rights: &'a [Operand<'a>],
+    pub(super) scale: f32,
+    pub(super) bias: Option<&'a [f32]>,
+    pub(super) c: StridedMut<'a, f32>,
+    pub(super) add: bool,
+}
+
+/// A product of one A and one B, with A in one part or in three.
 ///
 /// # Safety
-/// As [`packed::product`](super::packed::product) checks: the unit is available, shapes fit, and operands
-/// and C have what their strides reach.
-pub(super) unsafe fn product<const P: usize, const Q: usize>(
-    scale: f32,
-    a: &Operand,
-    b: &Operand,
-    bias: Option<&[f32]>,
-    c: StridedMut<f32>,
-    add: bool,
-) {
+/// As [`products`].
+pub(super) unsafe fn product<'a>(parts: usize, a: Operand<'a>, product: Product<'a>) {
     // What is left is packed as a whole, and where lines are beside each other it has to be turned for
     // that: let it be the smaller one, and turn what comes of it.
-    let words = b.lines.div_ceil(SIDE) * words_of(a.depth) * P;
+    let b = product.rights[0];
+    let words = b.lines.div_ceil(SIDE) * words_of(a.depth) * parts;
     let thin = b.lines * THIN <= a.lines && words <= ROOM / 2;
-    let turned = P == Q && (thin || a.across() && b.lines < a.lines);
+    let turned = parts_of(&b, parts) == parts && (thin || a.across() && b.lines < a.lines);
     let (a, b) = if turned { (b, a) } else { (a, b) };
-    let (m, n) = (a.lines, b.lines);
-    let wanted = TASKS * rayon::current_num_threads();
-    let mut c = Sum { bias, turned, ..Sum::of(c, scale, add) };
-    let whole = Stretch { first: 0, length: a.depth };
-    let at_once = alike(a.depth, DEPTH / P, 2 * stretch_of(P));
-    for deep in whole.pieces(at_once.max(1)) {
-        let blocks = Blocks::<P>::of(deep);
+    let sum = Sum { rights: &[b], turned, ..Sum::of(product) };
+    // SAFETY: as promised by the caller.
+    unsafe { sums(parts, &[a], vec![sum]) };
+}
+
+/// Products of `lefts`, which are packed once for all, in one part or in three, and added up in f32.
+///
+/// # Safety
+/// As [`packed::products`](super::packed::products) checks: the unit is available, shapes fit, and operands
+/// and C have what their strides reach.
+pub(super) unsafe fn products(parts: usize, lefts: &[Operand], products: Vec<Product>) {
+    // SAFETY: as promised by the caller.
+    unsafe { sums(parts, lefts, products.into_iter().map(Sum::of).collect()) };
+}
+
+/// # Safety
+/// As [`products`].
+unsafe fn sums(parts: usize, lefts: &[Operand], mut sums: Vec<Sum>) {
+    let (m, threads) = (lefts[0].lines, rayon::current_num_threads());
+    for pieces in passes(parts, lefts) {
+        let blocks = Blocks::of(parts, pieces);
         let high = alike(m, ROOM / blocks.apart() * SIDE, SIDE);
-        // All that are large are alike, so that one finds room where another was.
         let words = high.div_ceil(SIDE) * blocks.apart();
-        let mut packed = Scratch::unwritten(if words > ROOM / 2 { ROOM } else { words });
+        let mut packed = Scratch::unwritten(room_for(words, ROOM));
         let packed = &mut packed[..words];
         for top in (0..m).step_by(high) {
-            // SAFETY: as promised by the caller.
-            blocks.fill(packed, |line, stretch, to| unsafe {
-                pack_block::<P>(a, top + line, stretch, to);
+            blocks.fill(packed, |piece, line, to| {
+                let (a, line) = (&lefts[piece.of], top + line);
+                // SAFETY: as promised by the caller.
+                unsafe {
+                    match parts {
+                        1 => pack_block::<1>(a, line, piece.stretch, to),
+                        _ => pack_block::<3>(a, line, piece.stretch, to),
+                    }
+                }
             });
-            let pass = Pass::<P, Q> { blocks: &blocks, left: packed, top, b, c: &c };
-            let rows = high.min(m - top);
-            let (task_rows, task_cols) = task(P, rows, n, wanted);
-            // By rows: what a thread has packed and what it writes stays in its own cache.
-            let tasks = (0..rows)
-                .step_by(task_rows)
-                .flat_map(|row| (0..n).step_by(task_cols).map(move |col| (row, col)));
+            let pass = Pass { blocks: &blocks, left: packed, top };
+            let of_sum = |sum| pass.tasks(sum, high.min(m - top), TASKS * threads);
+            let tasks: Vec<Vec<Task>> = sums.iter().map(of_sum).collect();
+            let most = |words: &dyn Fn(&Task) -> usize| {
+                tasks.iter().flatten().map(words).max().unwrap_or(0)
+            };
+            let (sums, panels) = (most(&|task| task.sums()), most(&|task| pass.panels(task)));
+            let widest = WIDE * stretch_of(parts) * parts;
             let own = || Own {
                 unit: Unit::configured(),
-                sums: Scratch::unwritten(task_rows * task_cols),
-                panels: Scratch::unwritten(task_cols / SIDE * pass.room()),
+                sums: Scratch::unwritten(room_for(sums, HIGH * WIDE)),
+                panels: Scratch::unwritten(room_for(panels, widest)),
             };
-            team::each_with(tasks, own, |own, (row, col)| {
-                let rows = row / SIDE..rows.min(row + task_rows).div_ceil(SIDE);
-                // SAFETY: as promised by the caller; no other task has these rows and columns.
-                unsafe { pass.task(own, rows, col, task_cols.min(n - col).div_ceil(SIDE)) };
+            // Every thread begins with its share of each sum.
+            let share = |tasks: &[Task], thread| tasks.len() * thread / threads;
+            let shares = (0..threads).flat_map(|thread| {
+                tasks.iter().flat_map(move |t| &t[share(t, thread)..share(t, thread + 1)])
             });
+            // SAFETY: as promised by the caller; no other task has these rows and columns.
+            team::each_with(shares, own, |own, task| unsafe { pass.run(own, task) });
         }
-        (c.add, c.bias) = (true, None);
+        for sum in &mut sums {
+            (sum.add, sum.bias) = (true, None);
+        }
     }
+}
+
+/// A stretch of depth of one of the left operands.
+#[derive(Clone, Copy)]
+struct Piece {
+    of: usize,
+    stretch: Stretch,
+}
+
+/// What is packed at a time of the left operands: each in pieces that are alike, a short one with the last of the one
+/// before it.
+fn passes(parts: usize, lefts: &[Operand]) -> Vec<Vec<Piece>> {
+    let (most, short) = (DEPTH / parts, 2 * stretch_of(parts));
+    let mut passes: Vec<Vec<Piece>> = vec![];
+    for (of, a) in lefts.iter().enumerate() {
+        let whole = Stretch { first: 0, length: a.depth };
+        for deep in whole.pieces(alike(a.depth, most, short).max(1)) {
+            let pieces = deep.pieces(short).map(|stretch| Piece { of, stretch });
+            let before = passes.last_mut().filter(|_| deep.first == 0);
+            let before = before.filter(|before| {
+                before.iter().map(|piece| piece.stretch.length).sum::<usize>() + deep.length <= most
+            });
+            match before {
+                Some(before) => before.extend(pieces),
+                None => passes.push(pieces.collect()),
+            }
+        }
+    }
+    passes
+}
+
+/// The parts of a right operand where the left one is in so many.
+fn parts_of(b: &Operand, parts: usize) -> usize {
+    if b.dtype == Dtype::Bf16 { 1 } else { parts }
 }
 
 /// Where products are added up, and how.
 struct Sum<'a> {
+    rights: &'a [Operand<'a>],
     at: Shared<f32>,
     stride: usize,
     rows: usize,
@@ -111,11 +173,12 @@ struct Sum<'a> {
     turned: bool,
 }
 
-impl Sum<'_> {
-    fn of(c: StridedMut<f32>, scale: f32, add: bool) -> Self {
+impl<'a> Sum<'a> {
+    fn of(product: Product<'a>) -> Self {
+        let Product { rights, scale, bias, c, add } = product;
         let StridedMut { data, rows, cols, row_stride: stride } = c;
         let at = Shared(data.as_mut_ptr());
-        Self { at, stride, rows, cols, bias: None, scale, add, turned: false }
+        Self { rights, at, stride, rows, cols, bias, scale, add, turned: false }
     }
 
     /// Of a product's row and column.
@@ -133,14 +196,26 @@ impl Sum<'_> {
     }
 }
 
-/// A stretch of depth for some rows of the left operand, which are packed.
-struct Pass<'a, const P: usize, const Q: usize> {
-    blocks: &'a Blocks<P>,
+/// Blocks `rows` times as many panels from column `from` on.
+struct Task<'a> {
+    sum: &'a Sum<'a>,
+    rows: Range<usize>,
+    from: usize,
+    panels: usize,
+}
+
+impl Task<'_> {
+    fn sums(&self) -> usize {
+        self.rows.len() * self.panels * SIDE * SIDE
+    }
+}
+
+/// A stretch of depth for some rows of the left operands, which are packed.
+struct Pass<'a> {
+    blocks: &'a Blocks,
     left: &'a [u32],
     /// The first of the rows.
     top: usize,
-    b: &'a Operand<'a>,
-    c: &'a Sum<'a>,
 }
 
 /// What a thread needs for its tasks.
@@ -152,23 +227,51 @@ struct Own {
     panels: Scratch<u32>,
 }
 
-impl<const P: usize, const Q: usize> Pass<'_, P, Q> {
-    /// Words of a panel of the right operand.
-    fn room(&self) -> usize {
-        words_of(self.blocks.stretches[0].length) * Q
+impl Pass<'_> {
+    /// By rows: what a thread has packed and what it writes stays in its own cache.
+    fn tasks<'a>(&self, sum: &'a Sum<'a>, rows: usize, wanted: usize) -> Vec<Task<'a>> {
+        let n = sum.rights[0].lines;
+        let (high, wide) = task(self.blocks.parts, rows, n, wanted);
+        let blocks =
+            (0..rows).step_by(high).map(|row| row / SIDE..rows.min(row + high).div_ceil(SIDE));
+        let all = blocks.flat_map(|rows| {
+            (0..n).step_by(wide).map(move |from| {
+                let panels = wide.min(n - from).div_ceil(SIDE);
+                Task { sum, rows: rows.clone(), from, panels }
+            })
+        });
+        all.collect()
     }
 
-    /// Blocks `rows` times as many panels from column `from` on.
-    ///
+    /// Words of a panel of what a left operand is multiplied with.
+    fn room(&self, sum: &Sum) -> usize {
+        let words = |piece: &Piece| {
+            words_of(piece.stretch.length) * parts_of(&sum.rights[piece.of], self.blocks.parts)
+        };
+        self.blocks.pieces.iter().map(words).max().unwrap_or(0)
+    }
+
+    /// Words of all panels of a task.
+    fn panels(&self, task: &Task) -> usize {
+        task.panels * self.room(task.sum)
+    }
+
     /// # Safety
     /// As [`product`], and nobody else reads or writes these rows and columns of C.
-    unsafe fn task(&self, own: &mut Own, rows: Range<usize>, from: usize, panels: usize) {
-        let stretches = &self.blocks.stretches;
-        let words = &mut own.panels[..panels * self.room()];
-        for (s, &stretch) in stretches.iter().enumerate() {
+    unsafe fn run(&self, own: &mut Own, task: &Task) {
+        let (Task { sum, rows, from, .. }, room) = (task, self.room(task.sum));
+        let words = &mut own.panels[..task.panels * room];
+        for (s, Piece { of, stretch }) in self.blocks.pieces.iter().enumerate() {
+            let b = &sum.rights[*of];
+            let parts = (self.blocks.parts, parts_of(b, self.blocks.parts));
             // SAFETY: as promised by the caller.
-            unsafe { pack_panels::<Q>(self.b, from, stretch, words, self.room()) };
-            let last = s + 1 == stretches.len();
+            unsafe {
+                match parts.1 {
+                    1 => pack_panels::<1>(b, *from, *stretch, words, room),
+                    _ => pack_panels::<3>(b, *from, *stretch, words, room),
+                }
+            }
+            let last = s + 1 == self.blocks.pieces.len();
             let mut sums = own.sums.chunks_exact_mut(SIDE * SIDE);
             for i in rows.clone() {
                 let block = self.blocks.block(self.left, s, i);
@@ -178,20 +281,20 @@ impl<const P: usize, const Q: usize> Pass<'_, P, Q> {
                     (false, false) => self.blocks.block(self.left, s + 1, rows.start),
                     (false, true) => block,
                 };
-                for (j, panel) in words.chunks_exact(self.room()).enumerate() {
-                    let panel = &panel[..words_of(stretch.length) * Q];
+                for (j, panel) in words.chunks_exact(room).enumerate() {
+                    let panel = &panel[..words_of(stretch.length) * parts.1];
                     let sums = sums.next().expect("room for all blocks and panels");
                     // A share of it with every panel.
                     let ahead = next.as_ptr().wrapping_add(j * AHEAD * block.len() / SIDE);
-                    let tile = self.c.tile(self.top + i * SIDE, from + j * SIDE);
+                    let tile = sum.tile(self.top + i * SIDE, from + j * SIDE);
                     if last {
                         tile.ask();
                     }
-                    multiply::<P, Q>(&own.unit, block, panel, sums, s > 0, ahead);
+                    multiply(&own.unit, parts, block, panel, sums, s > 0, ahead);
                     if last {
                         // SAFETY: the tile is inside C and this task's; the processor has the instructions.
                         unsafe {
-                            if self.c.turned {
+                            if sum.turned {
                                 turn(sums);
                             }
                             store_sums(sums, &tile);
@@ -201,6 +304,12 @@ impl<const P: usize, const Q: usize> Pass<'_, P, Q> {
             }
         }
     }
+}
+
+/// What is taken for so many words: those that need a good part of `most` are alike, so that one finds room where another
+/// was.
+fn room_for(words: usize, most: usize) -> usize {
+    if words > most / 8 { words.max(most) } else { words }
 }
 
 /// The length of pieces that are alike, `most` at most, multiples of `of` unless there is but one.
@@ -220,54 +329,49 @@ fn task(parts: usize, rows: usize, cols: usize, wanted: usize) -> (usize, usize)
     (cut(rows, high), wide)
 }
 
-/// Where the blocks of a packed left operand are: for every [`SIDE`] lines its stretches of depth.
-struct Blocks<const P: usize> {
-    stretches: Vec<Stretch>,
-    /// Words of a stretch of a block.
+/// Where the blocks of packed left operands are: for every [`SIDE`] lines their pieces, in one part or in three.
+struct Blocks {
+    parts: usize,
+    pieces: Vec<Piece>,
+    /// Words of a piece of a block.
     room: usize,
 }
 
-impl<const P: usize> Blocks<P> {
-    fn of(deep: Stretch) -> Self {
-        let stretches: Vec<Stretch> = deep.pieces(2 * stretch_of(P)).collect();
-        let room = words_of(stretches[0].length) * P;
-        Self { stretches, room }
+impl Blocks {
+    fn of(parts: usize, pieces: Vec<Piece>) -> Self {
+        let longest = pieces.iter().map(|piece| words_of(piece.stretch.length)).max();
+        Self { parts, pieces, room: longest.unwrap_or(0) * parts }
     }
 
     /// Words from one block to the next. Blocks whose distance is a large power of two would take each
     /// other's place in the cache.
     fn apart(&self) -> usize {
-        self.stretches.len() * self.room + self.room / 2
+        self.pieces.len() * self.room + self.room / 2
     }
 
-    fn fill(&self, words: &mut [u32], pack: impl Fn(usize, Stretch, &mut [u32]) + Sync) {
-        let parts = words.chunks_mut(self.apart()).enumerate().flat_map(|(block, words)| {
-            let stretches = words.chunks_mut(self.room).zip(&self.stretches);
-            stretches.map(move |(to, &stretch)| (block * SIDE, stretch, to))
+    fn fill(&self, words: &mut [u32], pack: impl Fn(&Piece, usize, &mut [u32]) + Sync) {
+        let blocks = words.chunks_mut(self.apart()).enumerate().flat_map(|(block, words)| {
+            let pieces = words.chunks_mut(self.room).zip(&self.pieces);
+            pieces.map(move |(to, piece)| (piece, block * SIDE, to))
         });
-        team::each(parts, |(line, stretch, to)| {
-            pack(line, stretch, &mut to[..words_of(stretch.length) * P]);
+        team::each(blocks, |(piece, line, to)| {
+            pack(piece, line, &mut to[..words_of(piece.stretch.length) * self.parts]);
         });
     }
 
-    fn block<'a>(&self, words: &'a [u32], stretch: usize, block: usize) -> &'a [u32] {
-        let length = words_of(self.stretches[stretch].length) * P;
-        &words[block * self.apart() + stretch * self.room..][..length]
+    fn block<'a>(&self, words: &'a [u32], piece: usize, block: usize) -> &'a [u32] {
+        let length = words_of(self.pieces[piece].stretch.length) * self.parts;
+        &words[block * self.apart() + piece * self.room..][..length]
     }
 }
 
-/// As [`product`] with both operands in one part, on this thread alone and for operands of which both fit in the second cache.
+/// A product with both operands in one part, on this thread alone, of which both fit in the second cache.
 ///
 /// # Safety
-/// As [`product`].
-pub(super) unsafe fn product_here(
-    scale: f32,
-    a: &Operand,
-    b: &Operand,
-    c: StridedMut<f32>,
-    add: bool,
-) {
-    let (m, n, c) = (c.rows, c.cols, Sum::of(c, scale, add));
+/// As [`products`].
+pub(super) unsafe fn product_here(a: &Operand, product: Product) {
+    let (b, sum) = (&product.rights[0], Sum::of(product));
+    let (m, n) = (sum.rows, sum.cols);
     let (whole, room) = (Stretch { first: 0, length: a.depth }, words_of(a.depth).max(1));
     let mut left = Scratch::unwritten(m.div_ceil(SIDE) * room);
     for (i, to) in left.chunks_exact_mut(room).enumerate() {
@@ -280,9 +384,9 @@ pub(super) unsafe fn product_here(
         // SAFETY: as promised by the caller.
         unsafe { pack_panels::<1>(b, col, whole, &mut panel, room) };
         for (i, block) in left.chunks_exact(room).enumerate() {
-            multiply::<1, 1>(&unit, block, &panel, &mut sums, false, block.as_ptr());
+            multiply(&unit, (1, 1), block, &panel, &mut sums, false, block.as_ptr());
             // SAFETY: the tile is inside C.
-            unsafe { store_sums(&sums, &c.tile(i * SIDE, col)) };
+            unsafe { store_sums(&sums, &sum.tile(i * SIDE, col)) };
         }
     }
 }

@@ -7,7 +7,7 @@ use super::attention::Attention;
 use super::ffn::Ffn;
 use super::spec::{Norm, Proj};
 use super::{Model, Scales};
-use smore::adapter::{AnySaved, MapAdapter, MixLoraSaved, Mode};
+use smore::adapter::{AnySaved, Map, MapAdapter, MixLoraSaved, Mode};
 use smore::kernel::{AdapterKernels, Routing};
 use smore_engine::{AttentionShape, Device, View, ViewMut};
 
@@ -107,8 +107,8 @@ impl<D: AdapterKernels> Model<D> {
         };
         let (params, mode) = (self.params_view().at(slot.range.clone()), slot.mode(mode));
         if n > 1 && self.tap.is_none() {
-            device.linear(x, w, bias, y.rb(), n, accumulate);
-            return Some(adapter.forward(device, mode, params, x, y));
+            let map = Map { w, bias, accumulate };
+            return Some(adapter.forward_on(device, mode, params, map, x, y));
         }
         let halved = if mode.decoding { self.halved(slot) } else { None };
         // The tree of a single token is walked on one thread: the others read W meanwhile.
@@ -145,8 +145,9 @@ impl<D: AdapterKernels> Model<D> {
     ) {
         let (d_in, d_out) = self.widths(proj);
         let n = x.len / d_in;
-        if let Some(dx) = &mut dx {
-            let w = self.weights.map(self, block, proj);
+        let w = self.weights.map(self, block, proj);
+        let adapted = self.adapters.at(block, proj).zip(saved);
+        if let (None, Some(dx)) = (&adapted, &mut dx) {
             self.device.linear_backward(dy, w, dx.rb(), n, accumulate);
         }
         if let Some(dw) = self.weights.map_grad(self.view_mut(grads), block, proj) {
@@ -156,12 +157,13 @@ impl<D: AdapterKernels> Model<D> {
         if let Some(dbias) = self.weights.bias_grad(self.view_mut(grads), block, proj) {
             self.device.sum_rows(dy, dbias);
         }
-        if let (Some((slot, adapter)), Some(saved)) = (self.adapters.at(block, proj), saved) {
+        if let Some(((slot, adapter), saved)) = adapted {
+            let map = Map { w, bias: None, accumulate };
             let params = self.params_view().at(slot.range.clone());
             let grads = self.view_mut(grads).at(slot.range.clone());
             let mode = slot.mode(mode);
-            let scale = scales.balance;
-            adapter.backward(&self.device, mode, scale, params, saved, x, dy, grads, dx);
+            let (device, scale) = (&self.device, scales.balance);
+            adapter.backward_on(device, mode, scale, params, map, saved, x, dy, grads, dx);
         }
     }
 

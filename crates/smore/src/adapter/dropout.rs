@@ -88,12 +88,11 @@ impl Stack {
         z
     }
 
-    /// The backward pass of [`Stack::project`] for the rows of x from `first` on.
+    /// The backward pass of [`Stack::project`].
     pub(super) fn backward<D: Device>(
         self,
         device: &D,
         dropout: Option<InputDropout>,
-        first: usize,
         stack: View<D>,
         x: View<D>,
         dz: View<D>,
@@ -102,7 +101,7 @@ impl Stack {
     ) {
         let Self { d_in, rows, down } = self;
         let n = x.len / d_in;
-        let Some(dropout) = dropout.map(|d| d.from(Input::Outer, first * d_in)) else {
+        let Some(dropout) = dropout.map(|d| d.from(Input::Outer, 0)) else {
             let dz = dz.mat(n, rows);
             device.gemm(1.0, dz.t(), x.mat(n, d_in), 1.0, dstack.mat(rows, d_in));
             if let Some(dx) = dx {

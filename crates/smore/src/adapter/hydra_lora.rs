@@ -158,6 +158,6 @@ impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
         device.add(View::new(&dlogits, n * width), ViewMut::new(&mut dz, n * width));
         let (dz, stack) = (View::new(&dz, n * width), 0..self.layout.up);
         let (map, dmap) = (params.at(stack.clone()), grads.at(stack));
-        self.stack().backward(device, mode.dropout, 0, map, x, dz, dmap, dx);
+        self.stack().backward(device, mode.dropout, map, x, dz, dmap, dx);
     }
 }

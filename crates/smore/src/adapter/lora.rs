@@ -1,13 +1,13 @@
 //! LoRA (Hu et al. 2021): y += (alpha / r) B A x.
 
 use super::dropout::Stack;
-use super::{Adapter, Halved, MapAdapter, Mode};
+use super::{Adapter, Halved, Map, MapAdapter, Mode};
 use crate::init;
 use crate::kernel::AdapterKernels;
 use crate::layout::{LoraLayout, Param};
 use crate::spec::LoraSpec;
 use rand::Rng;
-use smore_engine::{MatrixRef, View, ViewMut};
+use smore_engine::{Device, MatrixRef, Term, View, ViewMut};
 
 /// LoRA on one linear map.
 pub struct Lora {
@@ -34,6 +34,58 @@ pub struct LoraSaved<D: AdapterKernels> {
     down: D::Buf,
 }
 
+impl Lora {
+    /// B
+    fn up<'a, D: Device>(&self, params: View<'a, D>) -> MatrixRef<'a, D> {
+        let LoraSpec { d_out, rank, .. } = self.spec;
+        MatrixRef::Trained(params.at(self.layout.up..self.layout.len), d_out, rank)
+    }
+
+    fn forward_pass<D: AdapterKernels>(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        map: Option<Map<D>>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> LoraSaved<D> {
+        let LoraSpec { d_in, rank, scale, .. } = self.spec;
+        let n = x.len / d_in;
+        let a = params.at(0..self.layout.up);
+        let mut down = self.stack().project(device, mode.dropout, a, None, x);
+        device.scale(scale, ViewMut::new(&mut down, n * rank));
+        let own = Term { x: View::new(&down, n * rank), w: self.up(params), bias: None };
+        Map::add(map, device, own, x, y, n);
+        LoraSaved { down }
+    }
+
+    fn backward_pass<D: AdapterKernels>(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        map: Option<Map<D>>,
+        saved: &LoraSaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        mut grads: ViewMut<D>,
+        mut dx: Option<ViewMut<D>>,
+    ) {
+        let LoraSpec { d_in, d_out, rank, scale } = self.spec;
+        let (n, up, len) = (x.len / d_in, self.layout.up, self.layout.len);
+        let mut ddown = device.unwritten(n * rank);
+        let mut slopes = ViewMut::new(&mut ddown, n * rank);
+        Map::slopes(map, device, self.up(params), dy, slopes.rb(), dx.as_mut(), n);
+        device.scale(scale, slopes.rb());
+        let (down, dup) = (View::new(&saved.down, n * rank), grads.rb().at(up..len));
+        let dup = dup.mat(d_out, rank);
+        device.gemm(1.0, dy.mat(n, d_out).t(), down.mat(n, rank), 1.0, dup);
+        let (a, da) = (params.at(0..up), grads.at(0..up));
+        self.stack().backward(device, mode.dropout, a, x, slopes.view(), da, dx);
+    }
+}
+
 impl Adapter for Lora {
     fn params(&self) -> &[Param] {
         &self.layout.params
@@ -55,14 +107,19 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
         x: View<D>,
         y: ViewMut<D>,
     ) -> LoraSaved<D> {
-        let LoraSpec { d_in, d_out, rank, scale } = self.spec;
-        let n = x.len / d_in;
-        let b = params.at(self.layout.up..self.layout.len).mat(d_out, rank);
-        let down =
-            self.stack().project(device, mode.dropout, params.at(0..self.layout.up), None, x);
-        let down_mat = View::new(&down, n * rank).mat(n, rank);
-        device.gemm(scale, down_mat, b.t(), 1.0, y.mat(n, d_out));
-        LoraSaved { down }
+        self.forward_pass(device, mode, params, None, x, y)
+    }
+
+    fn forward_on(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        map: Map<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> LoraSaved<D> {
+        self.forward_pass(device, mode, params, Some(map), x, y)
     }
 
     fn halved(&self, device: &D, w: MatrixRef<D>, params: View<D>) -> Option<Halved<D>> {
@@ -99,19 +156,25 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
         saved: &mut LoraSaved<D>,
         x: View<D>,
         dy: View<D>,
-        mut grads: ViewMut<D>,
+        grads: ViewMut<D>,
         dx: Option<ViewMut<D>>,
     ) {
-        let LoraSpec { d_in, d_out, rank, scale } = self.spec;
-        let n = x.len / d_in;
-        let (up, len) = (self.layout.up, self.layout.len);
-        let down = View::new(&saved.down, n * rank).mat(n, rank);
-        let dy = dy.mat(n, d_out);
-        device.gemm(scale, dy.t(), down, 1.0, grads.rb().at(up..len).mat(d_out, rank));
-        let mut ddown = device.unwritten(n * rank);
-        let b = params.at(up..len).mat(d_out, rank);
-        device.gemm(scale, dy, b, 0.0, ViewMut::new(&mut ddown, n * rank).mat(n, rank));
-        let (ddown, a) = (View::new(&ddown, n * rank), params.at(0..up));
-        self.stack().backward(device, mode.dropout, 0, a, x, ddown, grads.at(0..up), dx);
+        self.backward_pass(device, mode, params, None, saved, x, dy, grads, dx);
+    }
+
+    fn backward_on(
+        &self,
+        device: &D,
+        mode: Mode,
+        _balance_scale: f64,
+        params: View<D>,
+        map: Map<D>,
+        saved: &mut LoraSaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    ) {
+        self.backward_pass(device, mode, params, Some(map), saved, x, dy, grads, dx);
     }
 }

@@ -158,7 +158,7 @@ impl MixLora {
         device.add(View::new(&dlogits, n * width), ViewMut::new(&mut dz, n * width));
         let (dz, stack) = (View::new(&dz, n * width), 0..self.layout.stack_end);
         let (map, dmap, dx) = (params.at(stack.clone()), grads.at(stack), dinput.map(|d| d.x));
-        self.stack().backward(device, mode.dropout, 0, map, input.x, dz, dmap, dx);
+        self.stack().backward(device, mode.dropout, map, input.x, dz, dmap, dx);
     }
 
     fn stack(&self) -> Stack {

@@ -16,7 +16,7 @@ use crate::kernel::{AdapterKernels, GateNoise, Routing};
 use crate::layout::Param;
 use crate::tree::Removal;
 use rand::Rng;
-use smore_engine::{Device, MatrixRef, View, ViewMut};
+use smore_engine::{Device, MatrixRef, Slopes, Term, View, ViewMut};
 
 /// An adapter's matrices in 16 bits.
 pub struct Halved<D: Device> {
@@ -24,6 +24,47 @@ pub struct Halved<D: Device> {
     down: D::Weight,
     /// What gives the output, `[d_out, width]`
     up: D::Weight,
+}
+
+/// The linear map that an adapter is on.
+pub struct Map<'a, D: Device> {
+    /// W `[d_out, d_in]`
+    pub w: MatrixRef<'a, D>,
+    /// `[d_out]`
+    pub bias: Option<View<'a, D>>,
+    /// Whether its result, or the slopes by its input, are added to what is there.
+    pub accumulate: bool,
+}
+
+impl<D: Device> Map<'_, D> {
+    /// y = W x + bias + the adapter's last map; that alone is added to y where there is no map.
+    fn add(map: Option<Self>, device: &D, own: Term<D>, x: View<D>, y: ViewMut<D>, n: usize) {
+        match map {
+            Some(Map { w, bias, accumulate }) => {
+                device.linear_sum([Term { x, w, bias }, own], y, n, accumulate);
+            }
+            None => device.linear(own.x, own.w, own.bias, y, n, true),
+        }
+    }
+
+    /// The slopes `to` by the input of the adapter's last map `own`, and where there are a map and `dx`, those by
+    /// the map's input.
+    fn slopes(
+        map: Option<Self>,
+        device: &D,
+        own: MatrixRef<D>,
+        dy: View<D>,
+        to: ViewMut<D>,
+        dx: Option<&mut ViewMut<D>>,
+        n: usize,
+    ) {
+        let Some((Map { w, accumulate, .. }, dx)) = map.zip(dx) else {
+            return device.linear_backward(dy, own, to, n, false);
+        };
+        let map = Slopes { w, dx: dx.rb(), accumulate };
+        let own = Slopes { w: own, dx: to, accumulate: false };
+        device.linear_backward_both(dy, [map, own], n);
+    }
 }
 
 /// What a pass is for.
@@ -114,6 +155,22 @@ pub trait MapAdapter<D: AdapterKernels>: Adapter {
         y: ViewMut<D>,
     ) -> Self::Saved;
 
+    /// y = W x + bias + adapter(x), + y where the map accumulates: the map and the adapter in one go where the
+    /// device can.
+    fn forward_on(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        map: Map<D>,
+        x: View<D>,
+        mut y: ViewMut<D>,
+    ) -> Self::Saved {
+        let n = x.len / map.w.shape(device).1;
+        device.linear(x, map.w, map.bias, y.rb(), n, map.accumulate);
+        self.forward(device, mode, params, x, y)
+    }
+
     /// The adapter's matrices as a token in decoding reads them where `w`, the map itself, is stored in 16
     /// bits: reading is what takes the time there. `None` where it reads its parameters.
     fn halved(&self, _device: &D, _w: MatrixRef<D>, _params: View<D>) -> Option<Halved<D>> {
@@ -151,6 +208,28 @@ pub trait MapAdapter<D: AdapterKernels>: Adapter {
         grads: ViewMut<D>,
         dx: Option<ViewMut<D>>,
     );
+
+    /// The backward pass of [`MapAdapter::forward_on`]: as [`MapAdapter::backward`], with the slopes by the map's
+    /// own input in `dx`, where that is wanted.
+    fn backward_on(
+        &self,
+        device: &D,
+        mode: Mode,
+        balance_scale: f64,
+        params: View<D>,
+        map: Map<D>,
+        saved: &mut Self::Saved,
+        x: View<D>,
+        dy: View<D>,
+        grads: ViewMut<D>,
+        mut dx: Option<ViewMut<D>>,
+    ) {
+        if let Some(dx) = &mut dx {
+            let n = x.len / map.w.shape(device).1;
+            device.linear_backward(dy, map.w, dx.rb(), n, map.accumulate);
+        }
+        self.backward(device, mode, balance_scale, params, saved, x, dy, grads, dx);
+    }
 }
 
 /// Any adapter on one linear map that this crate knows.
@@ -229,6 +308,24 @@ impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
         }
     }
 
+    fn forward_on(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        map: Map<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> AnySaved<D> {
+        match self {
+            Self::Smore(a) => AnySaved::Smore(a.forward_on(device, mode, params, map, x, y)),
+            Self::Lora(a) => AnySaved::Lora(a.forward_on(device, mode, params, map, x, y)),
+            Self::HydraLora(a) => {
+                AnySaved::HydraLora(a.forward_on(device, mode, params, map, x, y))
+            }
+        }
+    }
+
     fn halved(&self, device: &D, w: MatrixRef<D>, params: View<D>) -> Option<Halved<D>> {
         match self {
             Self::Smore(a) => a.halved(device, w, params),
@@ -275,6 +372,33 @@ impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
             }
             (Self::HydraLora(a), AnySaved::HydraLora(s)) => {
                 a.backward(device, mode, balance_scale, params, s, x, dy, grads, dx);
+            }
+            _ => unreachable!("an adapter meets what another kind saved"),
+        }
+    }
+
+    fn backward_on(
+        &self,
+        device: &D,
+        mode: Mode,
+        balance_scale: f64,
+        params: View<D>,
+        map: Map<D>,
+        saved: &mut AnySaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    ) {
+        match (self, saved) {
+            (Self::Smore(a), AnySaved::Smore(s)) => {
+                a.backward_on(device, mode, balance_scale, params, map, s, x, dy, grads, dx);
+            }
+            (Self::Lora(a), AnySaved::Lora(s)) => {
+                a.backward_on(device, mode, balance_scale, params, map, s, x, dy, grads, dx);
+            }
+            (Self::HydraLora(a), AnySaved::HydraLora(s)) => {
+                a.backward_on(device, mode, balance_scale, params, map, s, x, dy, grads, dx);
             }
             _ => unreachable!("an adapter meets what another kind saved"),
         }

@@ -10,18 +10,14 @@
 //! stack.
 
 use super::dropout::{InputDropout, Stack};
-use super::{Adapter, Halved, MapAdapter, Mode, Noise};
+use super::{Adapter, Halved, Map, MapAdapter, Mode, Noise};
 use crate::config::GateKind;
 use crate::init;
-use crate::kernel::{AdapterKernels, BLOCK, GateNoise, Pass, Routing};
+use crate::kernel::{AdapterKernels, GateNoise, Pass, Routing};
 use crate::layout::{Param, SmoreLayout};
 use crate::spec::SmoreSpec;
 use rand::Rng;
-use smore_engine::{MatrixRef, View, ViewMut};
-
-/// Tokens whose embeddings, or slopes by them, are alive at once: they are short-lived, and there
-/// are long sequences. So many blocks keep as many threads busy, and two to eight of them evenly.
-const TOKENS: usize = 16 * BLOCK;
+use smore_engine::{Float, MatrixRef, Term, View, ViewMut};
 
 /// S'MoRE on one linear map.
 pub struct Smore {
@@ -63,7 +59,7 @@ impl Smore {
     ) -> SmoreSaved<D> {
         let (spec, layout) = (&self.spec, &self.layout);
         let pass = Pass { spec, layout, valid, noise, removed: None };
-        self.forward_pass(device, &pass, dropout, params, x, y)
+        self.forward_pass(device, &pass, dropout, params, None, x, y)
     }
 
     fn forward_pass<D: AdapterKernels>(
@@ -72,28 +68,25 @@ impl Smore {
         pass: &Pass<D::Elem>,
         dropout: Option<InputDropout>,
         params: View<D>,
+        map: Option<Map<D>>,
         x: View<D>,
-        mut y: ViewMut<D>,
+        y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
-        if n == 1 && dropout.is_none() && pass.removed.is_none() && !spec.bottom_up() {
+        let plain = map.is_none() && dropout.is_none() && pass.removed.is_none();
+        if n == 1 && plain && !spec.bottom_up() {
             return self.token(device, pass, params, None, x, y);
         }
         let at = layout.stack_bias;
         let (stack, biases) = (params.at(0..at), params.at(at..at + width));
         let z = self.stack().project(device, dropout, stack, Some(biases), x);
-        let (out, bias) = (self.output(params), Some(params.at(layout.output_bias..layout.core)));
-        let room = n.min(TOKENS);
-        let (mut hidden, mut routed) = (device.unwritten(room * root), Vec::new());
-        for first in (0..n).step_by(TOKENS) {
-            let m = TOKENS.min(n - first);
-            let mut hidden = ViewMut::new(&mut hidden, room * root).at(0..m * root);
-            let z = View::new(&z, n * width).at(first * width..(first + m) * width);
-            routed.extend(device.tree_forward(pass, params, first, z, hidden.rb()));
-            let y = y.rb().at(first * spec.d_out..(first + m) * spec.d_out);
-            device.linear(hidden.view(), out, bias, y, m, true);
-        }
+        let mut hidden = device.unwritten(n * root);
+        let embeddings = ViewMut::new(&mut hidden, n * root);
+        let routed = device.tree_forward(pass, params, View::new(&z, n * width), embeddings);
+        let bias = Some(params.at(layout.output_bias..layout.core));
+        let own = Term { x: View::new(&hidden, n * root), w: self.output(params), bias };
+        Map::add(map, device, own, x, y, n);
         SmoreSaved { z, routing: Routing::of(spec, &routed) }
     }
 
@@ -138,50 +131,68 @@ impl Smore {
         saved: &mut SmoreSaved<D>,
         x: View<D>,
         dy: View<D>,
-        mut grads: ViewMut<D>,
+        grads: ViewMut<D>,
         dx: Option<ViewMut<D>>,
     ) {
         let (spec, layout) = (&self.spec, &self.layout);
-        let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
-        let (proj, bias, stack_end) = (layout.output_proj, layout.output_bias, layout.stack_bias);
         let pass = Pass { spec, layout, valid, noise, removed: None };
-        let out = params.at(proj..bias).mat(spec.d_out, root);
-        let stack = params.at(0..stack_end);
-        let mut z = ViewMut::new(&mut saved.z, n * width);
-        let mut dx = dx;
-        let room = n.min(TOKENS);
-        let mut hidden = device.unwritten(room * root);
-        for first in (0..n).step_by(TOKENS) {
-            let m = TOKENS.min(n - first);
-            let rows = |width: usize| first * width..(first + m) * width;
-            let (x, dy) = (x.at(rows(spec.d_in)), dy.at(rows(spec.d_out)));
-            let dy_mat = dy.mat(m, spec.d_out);
-            // Slopes by the root's embedding, in the place of which the pass leaves the embedding.
-            let mut hidden = ViewMut::new(&mut hidden, room * root).at(0..m * root);
-            device.gemm(1.0, dy_mat, out, 0.0, hidden.rb().mat(m, root));
-            let mut z = z.rb().at(rows(width));
-            device.tree_backward(
-                &pass,
-                &saved.routing,
-                balance_scale,
-                params,
-                first,
-                z.rb(),
-                grads.rb(),
-                hidden.rb(),
-            );
-            let dproj = grads.rb().at(proj..bias).mat(spec.d_out, root);
-            device.gemm(1.0, dy_mat.t(), hidden.view().mat(m, root), 1.0, dproj);
-            device.sum_rows(dy, grads.rb().at(bias..layout.core));
-            let dz = z.view();
-            device.sum_rows(dz, grads.rb().at(stack_end..stack_end + width));
-            let dstack = grads.rb().at(0..stack_end);
-            let dx = dx.as_mut().map(|dx| dx.rb().at(rows(spec.d_in)));
-            self.stack().backward(device, dropout, first, stack, x, dz, dstack, dx);
-        }
+        self.backward_pass(
+            device,
+            &pass,
+            dropout,
+            balance_scale,
+            params,
+            None,
+            saved,
+            x,
+            dy,
+            grads,
+            dx,
+        );
     }
 
-    fn noise<T: smore_engine::Float>(&self, mode: Mode, n: usize) -> Option<GateNoise<T>> {
+    fn backward_pass<D: AdapterKernels>(
+        &self,
+        device: &D,
+        pass: &Pass<D::Elem>,
+        dropout: Option<InputDropout>,
+        balance_scale: f64,
+        params: View<D>,
+        map: Option<Map<D>>,
+        saved: &mut SmoreSaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        mut grads: ViewMut<D>,
+        mut dx: Option<ViewMut<D>>,
+    ) {
+        assert!(pass.removed.is_none(), "removals are for measuring, not for training");
+        let (spec, layout) = (&self.spec, &self.layout);
+        let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
+        let (proj, bias, stack_end) = (layout.output_proj, layout.output_bias, layout.stack_bias);
+        // Slopes by the root's embedding, in the place of which the pass leaves the embedding.
+        let mut hidden = device.unwritten(n * root);
+        let mut hidden = ViewMut::new(&mut hidden, n * root);
+        Map::slopes(map, device, self.output(params), dy, hidden.rb(), dx.as_mut(), n);
+        let (routing, mut z) = (&saved.routing, ViewMut::new(&mut saved.z, n * width));
+        device.tree_backward(pass, routing, balance_scale, params, z.rb(), grads.rb(), hidden.rb());
+        let dproj = grads.rb().at(proj..bias).mat(spec.d_out, root);
+        device.gemm(1.0, dy.mat(n, spec.d_out).t(), hidden.view().mat(n, root), 1.0, dproj);
+        device.sum_rows(dy, grads.rb().at(bias..layout.core));
+        device.sum_rows(z.view(), grads.rb().at(stack_end..stack_end + width));
+        let (stack, dstack) = (params.at(0..stack_end), grads.at(0..stack_end));
+        self.stack().backward(device, dropout, stack, x, z.view(), dstack, dx);
+    }
+
+    fn pass<'a, T: Float>(
+        &'a self,
+        mode: Mode<'a>,
+        noise: Option<&'a GateNoise<T>>,
+    ) -> Pass<'a, T> {
+        let removed = mode.removed.map(|r| r.what);
+        Pass { spec: &self.spec, layout: &self.layout, valid: mode.valid, noise, removed }
+    }
+
+    fn noise<T: Float>(&self, mode: Mode, n: usize) -> Option<GateNoise<T>> {
         let noise = mode.noise.filter(|_| self.spec.gate.kind == GateKind::NoisyTopk)?;
         Some(match noise {
             Noise::Drawn(key) => GateNoise::draw(&self.spec, key, n),
@@ -212,14 +223,22 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
         y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let noise = self.noise(mode, x.len / self.spec.d_in);
-        let pass = Pass {
-            spec: &self.spec,
-            layout: &self.layout,
-            valid: mode.valid,
-            noise: noise.as_ref(),
-            removed: mode.removed.map(|r| r.what),
-        };
-        self.forward_pass(device, &pass, mode.dropout, params, x, y)
+        let pass = self.pass(mode, noise.as_ref());
+        self.forward_pass(device, &pass, mode.dropout, params, None, x, y)
+    }
+
+    fn forward_on(
+        &self,
+        device: &D,
+        mode: Mode,
+        params: View<D>,
+        map: Map<D>,
+        x: View<D>,
+        y: ViewMut<D>,
+    ) -> SmoreSaved<D> {
+        let noise = self.noise(mode, x.len / self.spec.d_in);
+        let pass = self.pass(mode, noise.as_ref());
+        self.forward_pass(device, &pass, mode.dropout, params, Some(map), x, y)
     }
 
     fn halved(&self, device: &D, w: MatrixRef<D>, params: View<D>) -> Option<Halved<D>> {
@@ -260,20 +279,26 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
         grads: ViewMut<D>,
         dx: Option<ViewMut<D>>,
     ) {
-        assert!(mode.removed.is_none(), "removals are for measuring, not for training");
-        let noise = self.noise(mode, x.len / self.spec.d_in);
-        self.backward_with(
-            device,
-            mode.valid,
-            noise.as_ref(),
-            mode.dropout,
-            balance_scale,
-            params,
-            saved,
-            x,
-            dy,
-            grads,
-            dx,
-        );
+        let (noise, scale) = (self.noise(mode, x.len / self.spec.d_in), balance_scale);
+        let (pass, drop) = (self.pass(mode, noise.as_ref()), mode.dropout);
+        self.backward_pass(device, &pass, drop, scale, params, None, saved, x, dy, grads, dx);
+    }
+
+    fn backward_on(
+        &self,
+        device: &D,
+        mode: Mode,
+        balance_scale: f64,
+        params: View<D>,
+        map: Map<D>,
+        saved: &mut SmoreSaved<D>,
+        x: View<D>,
+        dy: View<D>,
+        grads: ViewMut<D>,
+        dx: Option<ViewMut<D>>,
+    ) {
+        let (noise, scale) = (self.noise(mode, x.len / self.spec.d_in), balance_scale);
+        let (pass, drop) = (self.pass(mode, noise.as_ref()), mode.dropout);
+        self.backward_pass(device, &pass, drop, scale, params, Some(map), saved, x, dy, grads, dx);
     }
 }
