@@ -136,7 +136,7 @@ fn layer(adapter: Adapter, dtype: Precision, n: usize, d_in: usize, d_out: usize
             device.linear_backward(dy, frozen, dx, n, false);
             return Ok(());
         };
-        let map = || Map { w: frozen, bias: None, accumulate: false };
+        let map = || Some(Map { w: frozen, bias: None, accumulate: false });
         let (mode, mut grads) = (Mode::plain(), ViewMut::new(&mut grads, len));
         device.clear(grads.rb());
         let mut saved: AnySaved<Cpu<f32>> = a.forward_on(&device, mode, params, map(), x, y);

@@ -276,16 +276,6 @@ impl<D: Device> Clone for MatrixRef<'_, D> {
 }
 impl<D: Device> Copy for MatrixRef<'_, D> {}
 
-impl<D: Device> MatrixRef<'_, D> {
-    /// `[rows, cols]`
-    pub fn shape(&self, device: &D) -> (usize, usize) {
-        match *self {
-            Self::Frozen(weight) => device.weight_shape(weight),
-            Self::Trained(_, rows, cols) => (rows, cols),
-        }
-    }
-}
-
 /// One of the linear maps of a sum.
 pub struct Term<'a, D: Device> {
     /// Its input, `[n, d_in]`

@@ -46,7 +46,7 @@ fn both_ways<T: Float>(
         let (params, mode) = (View::new(&params, params.len()), Mode::plain());
         let (mut y, mut dx) = (ViewMut::new(&mut y, dy.len), ViewMut::new(&mut dx, x.len));
         let grads = ViewMut::new(&mut grads, params.len);
-        let map = || Map { w, bias, accumulate };
+        let map = || Some(Map { w, bias, accumulate });
         if together {
             let mut saved = adapter.forward_on(&device, mode, params, map(), x, y);
             let dx = Some(dx);
@@ -93,7 +93,7 @@ fn gradients_do_not_need_slopes_by_the_input() {
         let run = |wanted: bool| {
             let (mut y, mut dx) = (vec![0.0; dy.len()], vec![0.0; x.len()]);
             let mut grads = vec![0.0; params.len()];
-            let map = || Map { w: MatrixRef::Frozen(&w), bias: None, accumulate: false };
+            let map = || Some(Map { w: MatrixRef::Frozen(&w), bias: None, accumulate: false });
             let (mode, params) = (Mode::plain(), View::new(&params, params.len()));
             let (x, dy) = (View::new(&x, x.len()), View::new(&dy, dy.len()));
             let y = ViewMut::new(&mut y, dy.len);

@@ -107,7 +107,7 @@ impl<D: AdapterKernels> Model<D> {
         };
         let (params, mode) = (self.params_view().at(slot.range.clone()), slot.mode(mode));
         if n > 1 && self.tap.is_none() {
-            let map = Map { w, bias, accumulate };
+            let map = Some(Map { w, bias, accumulate });
             return Some(adapter.forward_on(device, mode, params, map, x, y));
         }
         let halved = if mode.decoding { self.halved(slot) } else { None };
@@ -158,7 +158,7 @@ impl<D: AdapterKernels> Model<D> {
             self.device.sum_rows(dy, dbias);
         }
         if let Some(((slot, adapter), saved)) = adapted {
-            let map = Map { w, bias: None, accumulate };
+            let map = Some(Map { w, bias: None, accumulate });
             let params = self.params_view().at(slot.range.clone());
             let grads = self.view_mut(grads).at(slot.range.clone());
             let mode = slot.mode(mode);

@@ -8,7 +8,7 @@
 //! A and R are one matrix, so that both projections are one product `z [n, r + N]`.
 
 use super::dropout::Stack;
-use super::{Adapter, MapAdapter, Mode};
+use super::{Adapter, Map, MapAdapter, Mode};
 use crate::config::GateKind;
 use crate::init;
 use crate::kernel::{AdapterKernels, Routing};
@@ -83,16 +83,20 @@ impl Adapter for HydraLora {
 impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
     type Saved = HydraLoraSaved<D>;
 
-    fn forward(
+    fn forward_on(
         &self,
         device: &D,
         mode: Mode,
         params: View<D>,
+        map: Option<Map<D>>,
         x: View<D>,
         mut y: ViewMut<D>,
     ) -> HydraLoraSaved<D> {
         let HydraLoraSpec { d_in, d_out, heads, rank, scale } = self.spec;
         let (n, width) = (x.len / d_in, self.spec.stack_width());
+        if let Some(Map { w, bias, accumulate }) = map {
+            device.linear(x, w, bias, y.rb(), n, accumulate);
+        }
         let z = self.stack().project(device, mode.dropout, params.at(0..self.layout.up), None, x);
         let z_view = View::new(&z, n * width);
         let mut routing = flat::route(self.gate(), 0.0, &self.logits(device, z_view), mode.valid);
@@ -110,20 +114,24 @@ impl<D: AdapterKernels> MapAdapter<D> for HydraLora {
         HydraLoraSaved { z, weights, routing }
     }
 
-    fn backward(
+    fn backward_on(
         &self,
         device: &D,
         mode: Mode,
         balance_scale: f64,
         params: View<D>,
+        map: Option<Map<D>>,
         saved: &mut HydraLoraSaved<D>,
         x: View<D>,
         dy: View<D>,
         mut grads: ViewMut<D>,
-        dx: Option<ViewMut<D>>,
+        mut dx: Option<ViewMut<D>>,
     ) {
         let HydraLoraSpec { d_in, d_out, heads, rank, scale } = self.spec;
         let (n, width) = (x.len / d_in, self.spec.stack_width());
+        if let Some((Map { w, accumulate, .. }, dx)) = map.zip(dx.as_mut()) {
+            device.linear_backward(dy, w, dx.rb(), n, accumulate);
+        }
         let (z, dy) = (View::new(&saved.z, n * width), dy.mat(n, d_out));
         let (mut dz, mut dweights) = (device.zeros(n * width), device.zeros(heads * n));
         // Slopes of one head's w_i A x; the columns of the logits stay 0.

@@ -27,21 +27,33 @@ impl Lora {
         let LoraSpec { d_in, rank, .. } = self.spec;
         Stack { d_in, rows: rank, down: rank }
     }
-}
 
-/// A x, `[n, r]`; of a token in decoding, times the scale.
-pub struct LoraSaved<D: AdapterKernels> {
-    down: D::Buf,
-}
-
-impl Lora {
     /// B
     fn up<'a, D: Device>(&self, params: View<'a, D>) -> MatrixRef<'a, D> {
         let LoraSpec { d_out, rank, .. } = self.spec;
         MatrixRef::Trained(params.at(self.layout.up..self.layout.len), d_out, rank)
     }
+}
 
-    fn forward_pass<D: AdapterKernels>(
+/// (alpha / r) A x, `[n, r]`
+pub struct LoraSaved<D: AdapterKernels> {
+    down: D::Buf,
+}
+
+impl Adapter for Lora {
+    fn params(&self) -> &[Param] {
+        &self.layout.params
+    }
+
+    fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
+        init::lora(&self.layout, rng)
+    }
+}
+
+impl<D: AdapterKernels> MapAdapter<D> for Lora {
+    type Saved = LoraSaved<D>;
+
+    fn forward_on(
         &self,
         device: &D,
         mode: Mode,
@@ -58,68 +70,6 @@ impl Lora {
         let own = Term { x: View::new(&down, n * rank), w: self.up(params), bias: None };
         Map::add(map, device, own, x, y, n);
         LoraSaved { down }
-    }
-
-    fn backward_pass<D: AdapterKernels>(
-        &self,
-        device: &D,
-        mode: Mode,
-        params: View<D>,
-        map: Option<Map<D>>,
-        saved: &LoraSaved<D>,
-        x: View<D>,
-        dy: View<D>,
-        mut grads: ViewMut<D>,
-        mut dx: Option<ViewMut<D>>,
-    ) {
-        let LoraSpec { d_in, d_out, rank, scale } = self.spec;
-        let (n, up, len) = (x.len / d_in, self.layout.up, self.layout.len);
-        let mut ddown = device.unwritten(n * rank);
-        let mut slopes = ViewMut::new(&mut ddown, n * rank);
-        Map::slopes(map, device, self.up(params), dy, slopes.rb(), dx.as_mut(), n);
-        device.scale(scale, slopes.rb());
-        let (down, dup) = (View::new(&saved.down, n * rank), grads.rb().at(up..len));
-        let dup = dup.mat(d_out, rank);
-        device.gemm(1.0, dy.mat(n, d_out).t(), down.mat(n, rank), 1.0, dup);
-        let (a, da) = (params.at(0..up), grads.at(0..up));
-        self.stack().backward(device, mode.dropout, a, x, slopes.view(), da, dx);
-    }
-}
-
-impl Adapter for Lora {
-    fn params(&self) -> &[Param] {
-        &self.layout.params
-    }
-
-    fn init(&self, rng: &mut impl Rng) -> Vec<f32> {
-        init::lora(&self.layout, rng)
-    }
-}
-
-impl<D: AdapterKernels> MapAdapter<D> for Lora {
-    type Saved = LoraSaved<D>;
-
-    fn forward(
-        &self,
-        device: &D,
-        mode: Mode,
-        params: View<D>,
-        x: View<D>,
-        y: ViewMut<D>,
-    ) -> LoraSaved<D> {
-        self.forward_pass(device, mode, params, None, x, y)
-    }
-
-    fn forward_on(
-        &self,
-        device: &D,
-        mode: Mode,
-        params: View<D>,
-        map: Map<D>,
-        x: View<D>,
-        y: ViewMut<D>,
-    ) -> LoraSaved<D> {
-        self.forward_pass(device, mode, params, Some(map), x, y)
     }
 
     fn halved(&self, device: &D, w: MatrixRef<D>, params: View<D>) -> Option<Halved<D>> {
@@ -147,34 +97,29 @@ impl<D: AdapterKernels> MapAdapter<D> for Lora {
         LoraSaved { down }
     }
 
-    fn backward(
-        &self,
-        device: &D,
-        mode: Mode,
-        _balance_scale: f64,
-        params: View<D>,
-        saved: &mut LoraSaved<D>,
-        x: View<D>,
-        dy: View<D>,
-        grads: ViewMut<D>,
-        dx: Option<ViewMut<D>>,
-    ) {
-        self.backward_pass(device, mode, params, None, saved, x, dy, grads, dx);
-    }
-
     fn backward_on(
         &self,
         device: &D,
         mode: Mode,
         _balance_scale: f64,
         params: View<D>,
-        map: Map<D>,
+        map: Option<Map<D>>,
         saved: &mut LoraSaved<D>,
         x: View<D>,
         dy: View<D>,
-        grads: ViewMut<D>,
-        dx: Option<ViewMut<D>>,
+        mut grads: ViewMut<D>,
+        mut dx: Option<ViewMut<D>>,
     ) {
-        self.backward_pass(device, mode, params, Some(map), saved, x, dy, grads, dx);
+        let LoraSpec { d_in, d_out, rank, scale } = self.spec;
+        let (n, up, len) = (x.len / d_in, self.layout.up, self.layout.len);
+        let mut ddown = device.unwritten(n * rank);
+        let mut slopes = ViewMut::new(&mut ddown, n * rank);
+        Map::slopes(map, device, self.up(params), dy, slopes.rb(), dx.as_mut(), n);
+        device.scale(scale, slopes.rb());
+        let (down, dup) = (View::new(&saved.down, n * rank), grads.rb().at(up..len));
+        let dup = dup.mat(d_out, rank);
+        device.gemm(1.0, dy.mat(n, d_out).t(), down.mat(n, rank), 1.0, dup);
+        let (a, da) = (params.at(0..up), grads.at(0..up));
+        self.stack().backward(device, mode.dropout, a, x, slopes.view(), da, dx);
     }
 }

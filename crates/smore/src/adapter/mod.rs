@@ -153,23 +153,21 @@ pub trait MapAdapter<D: AdapterKernels>: Adapter {
         params: View<D>,
         x: View<D>,
         y: ViewMut<D>,
-    ) -> Self::Saved;
+    ) -> Self::Saved {
+        self.forward_on(device, mode, params, None, x, y)
+    }
 
-    /// y = W x + bias + adapter(x), + y where the map accumulates: the map and the adapter in one go where the
-    /// device can.
+    /// y = W x + bias + adapter(x), + y where the map accumulates: both in one go where the device can. As
+    /// [`MapAdapter::forward`] without a map.
     fn forward_on(
         &self,
         device: &D,
         mode: Mode,
         params: View<D>,
-        map: Map<D>,
+        map: Option<Map<D>>,
         x: View<D>,
-        mut y: ViewMut<D>,
-    ) -> Self::Saved {
-        let n = x.len / map.w.shape(device).1;
-        device.linear(x, map.w, map.bias, y.rb(), n, map.accumulate);
-        self.forward(device, mode, params, x, y)
-    }
+        y: ViewMut<D>,
+    ) -> Self::Saved;
 
     /// The adapter's matrices as a token in decoding reads them where `w`, the map itself, is stored in 16
     /// bits: reading is what takes the time there. `None` where it reads its parameters.
@@ -207,29 +205,25 @@ pub trait MapAdapter<D: AdapterKernels>: Adapter {
         dy: View<D>,
         grads: ViewMut<D>,
         dx: Option<ViewMut<D>>,
-    );
+    ) {
+        self.backward_on(device, mode, balance_scale, params, None, saved, x, dy, grads, dx);
+    }
 
-    /// The backward pass of [`MapAdapter::forward_on`]: as [`MapAdapter::backward`], with the slopes by the map's
-    /// own input in `dx`, where that is wanted.
+    /// The backward pass of [`MapAdapter::forward_on`]: as [`MapAdapter::backward`], and `dx` is what both give, + dx
+    /// where the map accumulates.
     fn backward_on(
         &self,
         device: &D,
         mode: Mode,
         balance_scale: f64,
         params: View<D>,
-        map: Map<D>,
+        map: Option<Map<D>>,
         saved: &mut Self::Saved,
         x: View<D>,
         dy: View<D>,
         grads: ViewMut<D>,
-        mut dx: Option<ViewMut<D>>,
-    ) {
-        if let Some(dx) = &mut dx {
-            let n = x.len / map.w.shape(device).1;
-            device.linear_backward(dy, map.w, dx.rb(), n, map.accumulate);
-        }
-        self.backward(device, mode, balance_scale, params, saved, x, dy, grads, dx);
-    }
+        dx: Option<ViewMut<D>>,
+    );
 }
 
 /// Any adapter on one linear map that this crate knows.
@@ -293,27 +287,12 @@ impl Adapter for AnyAdapter {
 impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
     type Saved = AnySaved<D>;
 
-    fn forward(
-        &self,
-        device: &D,
-        mode: Mode,
-        params: View<D>,
-        x: View<D>,
-        y: ViewMut<D>,
-    ) -> AnySaved<D> {
-        match self {
-            Self::Smore(a) => AnySaved::Smore(a.forward(device, mode, params, x, y)),
-            Self::Lora(a) => AnySaved::Lora(a.forward(device, mode, params, x, y)),
-            Self::HydraLora(a) => AnySaved::HydraLora(a.forward(device, mode, params, x, y)),
-        }
-    }
-
     fn forward_on(
         &self,
         device: &D,
         mode: Mode,
         params: View<D>,
-        map: Map<D>,
+        map: Option<Map<D>>,
         x: View<D>,
         y: ViewMut<D>,
     ) -> AnySaved<D> {
@@ -351,39 +330,13 @@ impl<D: AdapterKernels> MapAdapter<D> for AnyAdapter {
         }
     }
 
-    fn backward(
-        &self,
-        device: &D,
-        mode: Mode,
-        balance_scale: f64,
-        params: View<D>,
-        saved: &mut AnySaved<D>,
-        x: View<D>,
-        dy: View<D>,
-        grads: ViewMut<D>,
-        dx: Option<ViewMut<D>>,
-    ) {
-        match (self, saved) {
-            (Self::Smore(a), AnySaved::Smore(s)) => {
-                a.backward(device, mode, balance_scale, params, s, x, dy, grads, dx);
-            }
-            (Self::Lora(a), AnySaved::Lora(s)) => {
-                a.backward(device, mode, balance_scale, params, s, x, dy, grads, dx);
-            }
-            (Self::HydraLora(a), AnySaved::HydraLora(s)) => {
-                a.backward(device, mode, balance_scale, params, s, x, dy, grads, dx);
-            }
-            _ => unreachable!("an adapter meets what another kind saved"),
-        }
-    }
-
     fn backward_on(
         &self,
         device: &D,
         mode: Mode,
         balance_scale: f64,
         params: View<D>,
-        map: Map<D>,
+        map: Option<Map<D>>,
         saved: &mut AnySaved<D>,
         x: View<D>,
         dy: View<D>,

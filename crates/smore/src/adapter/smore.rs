@@ -214,31 +214,18 @@ impl Adapter for Smore {
 impl<D: AdapterKernels> MapAdapter<D> for Smore {
     type Saved = SmoreSaved<D>;
 
-    fn forward(
-        &self,
-        device: &D,
-        mode: Mode,
-        params: View<D>,
-        x: View<D>,
-        y: ViewMut<D>,
-    ) -> SmoreSaved<D> {
-        let noise = self.noise(mode, x.len / self.spec.d_in);
-        let pass = self.pass(mode, noise.as_ref());
-        self.forward_pass(device, &pass, mode.dropout, params, None, x, y)
-    }
-
     fn forward_on(
         &self,
         device: &D,
         mode: Mode,
         params: View<D>,
-        map: Map<D>,
+        map: Option<Map<D>>,
         x: View<D>,
         y: ViewMut<D>,
     ) -> SmoreSaved<D> {
         let noise = self.noise(mode, x.len / self.spec.d_in);
         let pass = self.pass(mode, noise.as_ref());
-        self.forward_pass(device, &pass, mode.dropout, params, Some(map), x, y)
+        self.forward_pass(device, &pass, mode.dropout, params, map, x, y)
     }
 
     fn halved(&self, device: &D, w: MatrixRef<D>, params: View<D>) -> Option<Halved<D>> {
@@ -267,30 +254,13 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
         self.token(device, &pass, params, Some(halved), x, y)
     }
 
-    fn backward(
-        &self,
-        device: &D,
-        mode: Mode,
-        balance_scale: f64,
-        params: View<D>,
-        saved: &mut SmoreSaved<D>,
-        x: View<D>,
-        dy: View<D>,
-        grads: ViewMut<D>,
-        dx: Option<ViewMut<D>>,
-    ) {
-        let (noise, scale) = (self.noise(mode, x.len / self.spec.d_in), balance_scale);
-        let (pass, drop) = (self.pass(mode, noise.as_ref()), mode.dropout);
-        self.backward_pass(device, &pass, drop, scale, params, None, saved, x, dy, grads, dx);
-    }
-
     fn backward_on(
         &self,
         device: &D,
         mode: Mode,
         balance_scale: f64,
         params: View<D>,
-        map: Map<D>,
+        map: Option<Map<D>>,
         saved: &mut SmoreSaved<D>,
         x: View<D>,
         dy: View<D>,
@@ -299,6 +269,6 @@ impl<D: AdapterKernels> MapAdapter<D> for Smore {
     ) {
         let (noise, scale) = (self.noise(mode, x.len / self.spec.d_in), balance_scale);
         let (pass, drop) = (self.pass(mode, noise.as_ref()), mode.dropout);
-        self.backward_pass(device, &pass, drop, scale, params, Some(map), saved, x, dy, grads, dx);
+        self.backward_pass(device, &pass, drop, scale, params, map, saved, x, dy, grads, dx);
     }
 }
