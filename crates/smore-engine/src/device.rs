@@ -113,6 +113,13 @@ pub trait Device: Clone + Send + Sync + Sized + 'static {
         }
     }
 
+    /// dW += dy^T x and dbias += the sums over dy's columns: gradients of [`Device::linear`] by W and by a bias that
+    /// lies behind it.
+    ///
+    /// # Shapes
+    /// dy `[n, d_out]`, x `[n, d_in]`, to `[d_out, d_in]` and `[d_out]`
+    fn linear_gradients(&self, dy: View<Self>, x: View<Self>, to: ViewMut<Self>, n: usize);
+
     /// y_i = row `ids[i]` of the table.
     fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>);
     /// Adds row i of dy to row `ids[i]` of dtable.

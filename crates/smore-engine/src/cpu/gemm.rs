@@ -2,6 +2,7 @@
 //! crate's.
 
 use super::Cpu;
+use super::elementwise;
 #[cfg(target_arch = "x86_64")]
 use super::{
     packed,
@@ -147,6 +148,32 @@ pub(super) fn product<T: Float>(
     }
     let _ = mixed;
     gemm(true, alpha, a, b, beta, c);
+}
+
+/// dW += dy^T x and dbias += the sums over dy's columns, in one pass over dy where that is faster.
+pub(super) fn gradients<T: Float>(
+    mixed: bool,
+    dy: Strided<T>,
+    x: Strided<T>,
+    dw: StridedMut<T>,
+    dbias: &mut [T],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if let least = dy.rows.min(dy.cols).min(x.cols)
+        && let words = packed::words(mixed, dy.cols, least)
+        && least >= packed::slim(words)
+        && packed::available(words)
+        && words.tiled().is_some()
+        && let Some((left, right)) = operands(dy.t(), x, T::ONE)
+    {
+        let (c, sums) = (dw.cast().expect("f32"), bytemuck::cast_slice_mut(dbias));
+        if !packed::product_and_sums(words, left, right, c, sums) {
+            elementwise::sum_rows(dy.data, dbias);
+        }
+        return;
+    }
+    product(mixed, T::ONE, dy.t(), x, T::ONE, dw);
+    elementwise::sum_rows(dy.data, dbias);
 }
 
 /// As [`product`], on this thread alone, for operands of which both fit in its cache.

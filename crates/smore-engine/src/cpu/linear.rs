@@ -380,6 +380,45 @@ mod tests {
         }
     }
 
+    /// With more outputs than inputs and fewer, in one pass over the tokens and in several, on any number of threads
+    /// with the same bits.
+    #[test]
+    fn gradients_by_w_and_bias_are_those_of_their_definition() {
+        use crate::Device;
+        let values = |n: usize, by: usize| (0..n).map(|i| value(i * by + 3)).collect::<Vec<_>>();
+        for (device, allowed) in [(Cpu::new(), 1e-5), (Cpu::mixed(), 1e-2)] {
+            for (n, d_in, d_out) in
+                [(3, 5, 7), (70, 16, 330), (1500, 40, 300), (70, 90, 24), (64, 600, 700)]
+            {
+                let (x, dy) = (values(n * d_in, 7), values(n * d_out, 11));
+                let before = values(d_out * (d_in + 1), 5);
+                let run = |threads| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                    let (mut to, len) = (before.clone(), before.len());
+                    let (x, dy) = (View::new(&x, x.len()), View::new(&dy, dy.len()));
+                    let target = ViewMut::new(&mut to, len);
+                    pool.unwrap().install(|| device.linear_gradients(dy, x, target, n));
+                    to
+                };
+                let got = run(1);
+                let sum = |f: &dyn Fn(usize) -> f64| (0..n).map(f).sum::<f64>();
+                for o in 0..d_out {
+                    let slope = |t: usize| f64::from(dy[t * d_out + o]);
+                    let bias = d_out * d_in + o;
+                    let want = f64::from(before[bias]) + sum(&slope);
+                    assert!((f64::from(got[bias]) - want).abs() < 1e-4, "{n} tokens, sum {o}");
+                    for i in 0..d_in {
+                        let want = sum(&|t| slope(t) * f64::from(x[t * d_in + i]));
+                        let at = o * d_in + i;
+                        let far = f64::from(got[at]) - f64::from(before[at]) - want;
+                        assert!(far.abs() < allowed * n as f64, "{n} tokens, {o}, {i}: {far}");
+                    }
+                }
+                assert!(got == run(2) && got == run(3), "{n} tokens on threads");
+            }
+        }
+    }
+
     /// Every dtype, token count, alignment and panel boundary against the definition in f64.
     #[test]
     fn agrees_with_the_definition() {

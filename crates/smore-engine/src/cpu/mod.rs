@@ -226,6 +226,15 @@ impl<T: Float> Device for Cpu<T> {
         self.backward_both(Self::slice(dy), maps, n);
     }
 
+    fn linear_gradients(&self, dy: View<Self>, x: View<Self>, to: ViewMut<Self>, n: usize) {
+        let (d_out, d_in) = (dy.len / n, x.len / n);
+        assert_eq!((dy.len, x.len, to.len), (n * d_out, n * d_in, d_out * (d_in + 1)), "shapes");
+        let (dw, dbias) = Self::slice_mut(to).split_at_mut(d_out * d_in);
+        let (dy, x) = (Self::slice(dy), Self::slice(x));
+        let (dy, x) = (Strided::new(dy, n, d_out), Strided::new(x, n, d_in));
+        gemm::gradients(self.mixed, dy, x, StridedMut::new(dw, d_out, d_in), dbias);
+    }
+
     fn embedding(&self, ids: &[u32], table: MatrixRef<Self>, y: ViewMut<Self>) {
         embedding::forward(ids, &table, Self::slice_mut(y));
     }

@@ -100,6 +100,26 @@ pub(super) fn products(words: Words, lefts: &[Operand], products: Vec<Product>) 
     unsafe { tiles::products(parts, lefts, products) };
 }
 
+/// C += A B by the matrix unit, and where that goes along with it the sums over A's rows are added to `row_sums`
+/// `[c.rows]`; says whether it did.
+///
+/// # Panics
+/// As [`products`].
+pub(super) fn product_and_sums(
+    words: Words,
+    a: Operand,
+    b: Operand,
+    c: StridedMut<f32>,
+    row_sums: &mut [f32],
+) -> bool {
+    check(words, &a, &b, &c);
+    assert_eq!(row_sums.len(), c.rows, "sums of a product's rows");
+    let parts = words.tiled().expect("words of the matrix unit");
+    let product = Product { rights: &[b], scale: 1.0, bias: None, c, add: true };
+    // SAFETY: the words are available, and operands, C and sums were checked.
+    unsafe { tiles::product(parts, a, product, Some(row_sums)) }
+}
+
 /// C = scale A B + bias, + C where `add`.
 ///
 /// # Shapes
@@ -120,8 +140,10 @@ pub(super) fn product(
     let (m, n, depth) = (c.rows, c.cols, a.depth);
     assert!(bias.is_none_or(|bias| bias.len() == n), "bias of a product");
     if let Some(parts) = words.tiled() {
+        let product = Product { rights: &[b], scale, bias, c, add };
         // SAFETY: the words are available, and operands and C were checked.
-        return unsafe { tiles::product(parts, a, Product { rights: &[b], scale, bias, c, add }) };
+        unsafe { tiles::product(parts, a, product, None) };
+        return;
     }
     let stride = c.row_stride;
     let out = Shared(c.data.as_mut_ptr());

@@ -50,11 +50,17 @@ pub(super) struct Product<'a> {
     pub(super) add: bool,
 }
 
-/// A product of one A and one B, with A in one part or in three.
+/// A product of one A and one B, with A in one part or in three. The sums over A's rows are added to `row_sums`
+/// where it is turned; says whether that was done.
 ///
 /// # Safety
-/// As [`products`].
-pub(super) unsafe fn product<'a>(parts: usize, a: Operand<'a>, product: Product<'a>) {
+/// As [`products`]; there is a sum for each row.
+pub(super) unsafe fn product<'a>(
+    parts: usize,
+    a: Operand<'a>,
+    product: Product<'a>,
+    row_sums: Option<&mut [f32]>,
+) -> bool {
     // What is left is packed as a whole, and where lines are beside each other it has to be turned for
     // that: let it be the smaller one, and turn what comes of it.
     let b = product.rights[0];
@@ -62,9 +68,12 @@ pub(super) unsafe fn product<'a>(parts: usize, a: Operand<'a>, product: Product<
     let thin = b.lines * THIN <= a.lines && words <= ROOM / 2;
     let turned = parts_of(&b, parts) == parts && (thin || a.across() && b.lines < a.lines);
     let (a, b) = if turned { (b, a) } else { (a, b) };
-    let sum = Sum { rights: &[b], turned, ..Sum::of(product) };
+    let lines = row_sums.filter(|_| turned).map(|sums| Shared(sums.as_mut_ptr()));
+    let done = lines.is_some();
+    let sum = Sum { rights: &[b], turned, lines, ..Sum::of(product) };
     // SAFETY: as promised by the caller.
     unsafe { sums(parts, &[a], vec![sum]) };
+    done
 }
 
 /// Products of `lefts`, which are packed once for all, in one part or in three, and added up in f32.
@@ -110,6 +119,7 @@ unsafe fn sums(parts: usize, lefts: &[Operand], mut sums: Vec<Sum>) {
                 unit: Unit::configured(),
                 sums: Scratch::unwritten(room_for(sums, HIGH * WIDE)),
                 panels: Scratch::unwritten(room_for(panels, widest)),
+                lines: [0.0; WIDE],
             };
             // Every thread begins with its share of each sum.
             let share = |tasks: &[Task], thread| tasks.len() * thread / threads;
@@ -171,6 +181,8 @@ struct Sum<'a> {
     add: bool,
     /// Whether a product's rows are columns here.
     turned: bool,
+    /// To what the sums over the right operand's lines are added.
+    lines: Option<Shared<f32>>,
 }
 
 impl<'a> Sum<'a> {
@@ -178,7 +190,7 @@ impl<'a> Sum<'a> {
         let Product { rights, scale, bias, c, add } = product;
         let StridedMut { data, rows, cols, row_stride: stride } = c;
         let at = Shared(data.as_mut_ptr());
-        Self { rights, at, stride, rows, cols, bias, scale, add, turned: false }
+        Self { rights, at, stride, rows, cols, bias, scale, add, turned: false, lines: None }
     }
 
     /// Of a product's row and column.
@@ -225,6 +237,8 @@ struct Own {
     sums: Scratch<f32>,
     /// A stretch of a task's columns.
     panels: Scratch<u32>,
+    /// Sums over a task's columns.
+    lines: [f32; WIDE],
 }
 
 impl Pass<'_> {
@@ -261,14 +275,18 @@ impl Pass<'_> {
     unsafe fn run(&self, own: &mut Own, task: &Task) {
         let (Task { sum, rows, from, .. }, room) = (task, self.room(task.sum));
         let words = &mut own.panels[..task.panels * room];
+        // Once for each column.
+        let lines = sum.lines.as_ref().filter(|_| self.top + rows.start == 0);
+        own.lines.fill(0.0);
         for (s, Piece { of, stretch }) in self.blocks.pieces.iter().enumerate() {
             let b = &sum.rights[*of];
             let parts = (self.blocks.parts, parts_of(b, self.blocks.parts));
+            let line_sums = lines.map(|_| &mut own.lines[..]);
             // SAFETY: as promised by the caller.
             unsafe {
                 match parts.1 {
-                    1 => pack_panels::<1>(b, *from, *stretch, words, room),
-                    _ => pack_panels::<3>(b, *from, *stretch, words, room),
+                    1 => pack_panels::<1>(b, *from, *stretch, words, room, line_sums),
+                    _ => pack_panels::<3>(b, *from, *stretch, words, room, line_sums),
                 }
             }
             let last = s + 1 == self.blocks.pieces.len();
@@ -302,6 +320,11 @@ impl Pass<'_> {
                     }
                 }
             }
+        }
+        let cols = (task.panels * SIDE).min(sum.rights[0].lines - from);
+        for (i, x) in own.lines.iter().enumerate().take(lines.map_or(0, |_| cols)) {
+            // SAFETY: there is one for each line, and these are this task's.
+            unsafe { *sum.lines.as_ref().expect("sums").at(from + i) += x };
         }
     }
 }
@@ -382,7 +405,7 @@ pub(super) unsafe fn product_here(a: &Operand, product: Product) {
     let mut panel = Scratch::unwritten(room);
     for col in (0..n).step_by(SIDE) {
         // SAFETY: as promised by the caller.
-        unsafe { pack_panels::<1>(b, col, whole, &mut panel, room) };
+        unsafe { pack_panels::<1>(b, col, whole, &mut panel, room, None) };
         for (i, block) in left.chunks_exact(room).enumerate() {
             multiply(&unit, (1, 1), block, &panel, &mut sums, false, block.as_ptr());
             // SAFETY: the tile is inside C.

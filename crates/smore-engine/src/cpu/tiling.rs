@@ -108,7 +108,11 @@ pub(super) unsafe fn pack_block<const P: usize>(
 }
 
 /// Panels of the right operand that follow each other, `room` words each: 32 lines as `[depth / 16, P, 16, 32]`,
-/// zeros where lines or elements are missing.
+/// zeros where lines or elements are missing. The sums over each line are added to `sums`, where there are any: 32 for
+/// every panel.
+///
+/// # Panics
+/// If there is too little room, or sums are wanted of lines that are not beside each other in f32.
 ///
 /// # Safety
 /// As [`pack_block`].
@@ -118,12 +122,15 @@ pub(super) unsafe fn pack_panels<const P: usize>(
     stretch: Stretch,
     panels: &mut [u32],
     room: usize,
+    sums: Option<&mut [f32]>,
 ) {
     assert!(room >= words_of(stretch.length) * P, "room for a panel");
+    let summed = from.across() && from.dtype == Dtype::F32;
+    assert!(sums.is_none() || summed, "sums of an operand's lines");
     // SAFETY: as promised by the caller.
     unsafe {
         if from.across() {
-            stored!(from, panels_across<P>(line, stretch, panels, room));
+            stored!(from, panels_across<P>(line, stretch, panels, room, sums));
         } else {
             for (j, panel) in panels.chunks_exact_mut(room).enumerate() {
                 for half in 0..2 {
@@ -238,6 +245,7 @@ unsafe fn panels_across<S: Stored, const P: usize>(
     stretch: Stretch,
     panels: &mut [u32],
     room: usize,
+    mut sums: Option<&mut [f32]>,
 ) {
     let Stretch { first, length } = stretch;
     let row = from.step() * S::BYTES;
@@ -278,6 +286,14 @@ unsafe fn panels_across<S: Stored, const P: usize>(
                 let [upper, lower] = there.map(|there| if there { seen } else { 0 });
                 // SAFETY: as above.
                 let words = unsafe { [S::load(at, upper), S::load(at.wrapping_add(row), lower)] };
+                if let Some(sums) = &mut sums {
+                    let sums = &mut sums[j * SIDE + half * LANES..][..LANES];
+                    // SAFETY: 16 elements.
+                    unsafe {
+                        let sum = _mm512_add_ps(_mm512_loadu_ps(sums.as_ptr()), words[0]);
+                        _mm512_storeu_ps(sums.as_mut_ptr(), _mm512_add_ps(sum, words[1]));
+                    }
+                }
                 for (part, words) in interleaved::<P>(words).into_iter().enumerate() {
                     put(words, &mut to[part * PAIR + half * LANES..]);
                 }

@@ -168,16 +168,14 @@ impl Smore {
         assert!(pass.removed.is_none(), "removals are for measuring, not for training");
         let (spec, layout) = (&self.spec, &self.layout);
         let (n, width, root) = (x.len / spec.d_in, spec.stack_width(), spec.root_width());
-        let (proj, bias, stack_end) = (layout.output_proj, layout.output_bias, layout.stack_bias);
+        let (proj, stack_end) = (layout.output_proj, layout.stack_bias);
         // Slopes by the root's embedding, in the place of which the pass leaves the embedding.
         let mut hidden = device.unwritten(n * root);
         let mut hidden = ViewMut::new(&mut hidden, n * root);
         Map::slopes(map, device, self.output(params), dy, hidden.rb(), dx.as_mut(), n);
         let (routing, mut z) = (&saved.routing, ViewMut::new(&mut saved.z, n * width));
         device.tree_backward(pass, routing, balance_scale, params, z.rb(), grads.rb(), hidden.rb());
-        let dproj = grads.rb().at(proj..bias).mat(spec.d_out, root);
-        device.gemm(1.0, dy.mat(n, spec.d_out).t(), hidden.view().mat(n, root), 1.0, dproj);
-        device.sum_rows(dy, grads.rb().at(bias..layout.core));
+        device.linear_gradients(dy, hidden.view(), grads.rb().at(proj..layout.core), n);
         device.sum_rows(z.view(), grads.rb().at(stack_end..stack_end + width));
         let (stack, dstack) = (params.at(0..stack_end), grads.at(0..stack_end));
         self.stack().backward(device, dropout, stack, x, z.view(), dstack, dx);
