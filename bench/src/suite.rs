@@ -198,9 +198,10 @@ impl Suite<'_> {
             let seconds = ordered(all.each_ref().map(|all| all[i].seconds))[1];
             let [least, median, most] = ratio(i, 0);
             println!(
-                "  {name:22} {:7.1} ms, {median:4.2} x the linear ({least:4.2} to {most:4.2} in three \
+                "  {name:22} {:7.1} ms, {:5.1} us a token, {median:4.2} x the linear ({least:4.2} to {most:4.2} in three \
                  processes), linear at {:5.1}% of the ceiling",
                 seconds * 1e3,
+                seconds * 1e6 / tokens as f64,
                 flops / seconds / 1e7 / self.ceiling[0]
             );
         }
